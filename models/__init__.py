@@ -1,0 +1,1 @@
+"""What comes in: resolving a checkpoint, tasks, evaluation data, workloads."""

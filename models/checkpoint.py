@@ -1,0 +1,144 @@
+"""Resolve a model id or local folder to a checkpoint: pinned, inspected and safe, before anything loads it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optimize.models.hub import fetch
+from optimize.models.tasks import TASKS, infer_task
+from optimize.models.weights import Weights, inspect_weights
+from optimize.pipeline.contract import Checkpoint
+from optimize.pipeline.errors import CheckpointError
+from optimize.pipeline.store import sha256_of
+
+# what may enter an artifact beside the weights: configuration, tokenizer, licence; nothing that can be executed
+CARRIED = re.compile(r"[\w.-]+\.(json|txt|model|jinja)|LICENSE[\w.]*|\d_[A-Za-z]+/config\.json")
+POSITION_OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")  # positions start at padding + 1
+
+
+def resolve(model: str, task: str | None = None, *, memory: int | None = None) -> Checkpoint:
+    """Find, inspect and pin the checkpoint `model`: a local folder, or a hub id with an optional @revision.
+
+    `memory` is what the host has, in bytes: a checkpoint whose float32 reference cannot fit is refused before its
+    bytes are read. Raises CheckpointError, whose text says what to do, for everything that cannot be used.
+    """
+    revision: str | None = None
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+            what = "is a file, not a folder" if folder.exists() else "is not there"
+            raise CheckpointError(
+                f"{model} {what}", hint="give a folder with config.json and *.safetensors, or a hub id"
+            )
+        model, _, wanted = model.partition("@")
+        snapshot = fetch(model, wanted or None)
+        folder, revision = snapshot.folder, snapshot.revision
+    config = read_config(folder)
+    architecture = _architecture(folder, config)
+    if task is not None and task not in TASKS:
+        raise CheckpointError(f"unknown task {task!r}", hint=f"tasks: {', '.join(TASKS)}")
+    weights = inspect_weights(folder)
+    check_fits(weights, memory)
+    return Checkpoint(
+        model_id=model,
+        folder=folder.resolve() if revision is None else folder,
+        revision=revision,
+        task=task or infer_task(folder, architecture),
+        architecture=architecture,
+        dtype=weights.dtype,
+        parameters=weights.parameters,
+        weight_bytes=weights.bytes,
+        max_length=max_length(folder, config),
+        files={name: sha256_of(folder / name) for name in (*weights.files, *carried_files(folder))},
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint. Raises CheckpointError if it is missing, broken, or asks for remote code."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json", hint="give the folder that save_pretrained wrote")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    for file in (path, folder / "tokenizer_config.json"):
+        if file.is_file() and '"auto_map"' in file.read_text(encoding="utf-8"):
+            raise CheckpointError(
+                f"{file.name} has auto_map: the checkpoint brings code of its own, which is never executed",
+                hint="use a checkpoint of an architecture that transformers itself has",
+            )
+    return config
+
+
+def id2label(folder: Path) -> dict[int, str]:
+    """The classes of a classifier, from its config; transformers' LABEL_0, LABEL_1 where it names none."""
+    config = read_config(folder)
+    named: Mapping[str, str] = config.get("id2label") or {}
+    if named:
+        return {int(index): name for index, name in named.items()}
+    return {index: f"LABEL_{index}" for index in range(int(config.get("num_labels", 2)))}
+
+
+def max_length(folder: Path, config: Mapping[str, Any]) -> int:
+    """The longest sequence that both the model's positions and its tokenizer take, in tokens."""
+    positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 512)
+    if config.get("model_type") in POSITION_OFFSET:
+        positions -= int(config.get("pad_token_id") or 0) + 1
+    path = folder / "tokenizer_config.json"
+    limit = json.loads(path.read_text(encoding="utf-8")).get("model_max_length") if path.is_file() else None
+    return min(positions, int(limit)) if limit else positions
+
+
+def carried_files(folder: Path) -> tuple[str, ...]:
+    """Files beside the weights that an artifact carries along, relative to `folder`, sorted."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return tuple(sorted(name for name in names if CARRIED.fullmatch(name) and not name.endswith(".index.json")))
+
+
+def check_fits(weights: Weights, memory: int | None) -> None:
+    """Refuse what cannot be built here: exporting and compiling hold the float32 weights about three times."""
+    needed = 3 * 4 * weights.parameters + (1 << 30)
+    if memory is not None and needed > memory:
+        raise CheckpointError(
+            f"the checkpoint has {weights.parameters / 1e9:.1f} billion parameters: its float32 reference and its "
+            f"builds need about {needed / 2**30:.0f} GiB of memory, this host has {memory / 2**30:.0f} GiB",
+            hint="run on a host with more memory, or give a smaller checkpoint",
+        )
+
+
+def _architecture(folder: Path, config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError(
+            f"{folder / 'config.json'} names no architecture",
+            hint='it needs "architectures": ["BertModel"] or the like',
+        )
+    if not _transformers_has(names[0], str(config.get("model_type", ""))):
+        raise CheckpointError(
+            f"architecture {names[0]} (model_type {config.get('model_type')!r}) is not in the installed transformers",
+            hint="upgrade transformers, or check config.json for a misspelt name",
+        )
+    return names[0]
+
+
+def _transformers_has(architecture: str, model_type: str) -> bool:
+    """Look the class up in transformers' files: importing it to ask would take seconds."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        raise CheckpointError("transformers is not installed", hint="pip install transformers")
+    models = Path(spec.origin).parent / "models"
+    definition = re.compile(rf"^class {re.escape(architecture)}\(", re.MULTILINE)
+    likely = sorted((models / model_type.replace("-", "_")).glob("modeling_*.py")) if model_type else []
+    return any(
+        definition.search(path.read_text(encoding="utf-8"))
+        for path in (*likely, *models.glob("*/modeling_*.py"))
+        if not path.name.startswith(("modeling_tf_", "modeling_flax_"))
+    )

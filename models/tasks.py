@@ -1,0 +1,127 @@
+"""The task table: what each task loads, is fed and is judged by. A new modality is an added row and its encoder.
+
+Nothing here imports an ML framework: planning reads this table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optimize.pipeline.errors import CheckpointError
+
+BATCH, SEQUENCE, FEATURES = "batch", "sequence", "features"
+MAX_ELEMENTS = 1 << 20  # kept of one output of one example: 4 MiB in float32
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row. `outputs` names the axes of every output that is judged; others are only checked for being finite."""
+
+    name: str
+    auto_class: str  # the transformers class that loads it
+    architectures: tuple[str, ...]  # endings of the architecture names that mean this task
+    columns: tuple[str, ...]  # the columns that --data must have
+    outputs: Mapping[str, tuple[str, ...]]
+    output_class: str  # of transformers.modeling_outputs
+    top1: bool = False  # whether the largest element of an output is an answer
+    label_column: str | None = None  # the column of --data whose metric is computed
+
+
+HIDDEN = {"last_hidden_state": (BATCH, SEQUENCE, FEATURES)}
+PER_TOKEN = {"logits": (BATCH, SEQUENCE, FEATURES)}
+
+TASKS = {
+    row.name: row
+    for row in (
+        Task("feature-extraction", "AutoModel", ("Model",), ("text",), HIDDEN, "BaseModelOutputWithPooling"),
+        Task("sentence-similarity", "AutoModel", (), ("text",), HIDDEN, "BaseModelOutputWithPooling"),
+        Task(
+            "text-classification", "AutoModelForSequenceClassification", ("ForSequenceClassification",), ("text",),
+            {"logits": (BATCH, FEATURES)}, "SequenceClassifierOutput", top1=True, label_column="label",
+        ),
+        Task(
+            "token-classification", "AutoModelForTokenClassification", ("ForTokenClassification",), ("text",),
+            PER_TOKEN, "TokenClassifierOutput", top1=True,
+        ),
+        Task("fill-mask", "AutoModelForMaskedLM", ("ForMaskedLM",), ("text",), PER_TOKEN, "MaskedLMOutput", top1=True),
+        Task(
+            "question-answering", "AutoModelForQuestionAnswering", ("ForQuestionAnswering",), ("question", "context"),
+            {"start_logits": (BATCH, SEQUENCE), "end_logits": (BATCH, SEQUENCE)}, "QuestionAnsweringModelOutput",
+            top1=True,
+        ),
+    )
+}  # fmt: skip
+
+
+def infer_task(folder: Path, architecture: str) -> str:
+    """The task of a checkpoint from its files and architecture name. Raises CheckpointError when none fits.
+
+    optimum's TasksManager answers this only for ids on the hub, and by importing torch: planning does neither.
+    """
+    if (folder / "modules.json").is_file():  # written by sentence-transformers
+        return "sentence-similarity"
+    for task in TASKS.values():
+        if architecture.endswith(task.architectures):
+            return task.name
+    raise CheckpointError(
+        f"no task is known for architecture {architecture}",
+        hint=f"name one with --task ({', '.join(TASKS)}), if one of these fits",
+    )
+
+
+def sentence_pooling(folder: Path) -> str:
+    """How sentence-transformers pools tokens into a sentence, from 1_Pooling/config.json: "mean" or "cls".
+
+    Raises CheckpointError for another mode: its embeddings could not be judged.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "mean"
+    config: dict[str, Any] = json.loads(path.read_text())
+    modes = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    known = {"mean_tokens": "mean", "cls_token": "cls"}
+    mode = known.get(modes[0]) if len(modes) == 1 else config.get("pooling_mode")
+    if mode not in ("mean", "cls"):
+        raise CheckpointError(
+            f"pooling {modes or config} is not supported for sentence-similarity",
+            hint="give --task feature-extraction to judge token embeddings instead",
+        )
+    return str(mode)
+
+
+def judged_outputs(
+    task: Task, outputs: Mapping[str, NDArray[Any]], mask: NDArray[Any], pooling: str | None
+) -> list[dict[str, NDArray[np.float32]]]:
+    """What is compared with the reference, for each example of one batch.
+
+    `outputs` are arrays by field name, `mask` the attention mask of [batch, sequence]. Padding positions are left out,
+    since runtimes differ there. Each value is float32 of [positions, features]; for sentence-similarity it is the one
+    normalised sentence embedding. Vocabularies are large: of a long output, evenly spaced positions are kept.
+    """
+    return [
+        {name: _example(outputs[name][index], axes, mask[index] != 0, pooling) for name, axes in task.outputs.items()}
+        for index in range(len(mask))
+    ]
+
+
+def _example(
+    output: NDArray[Any], axes: tuple[str, ...], valid: NDArray[np.bool_], pooling: str | None
+) -> NDArray[np.float32]:
+    output = np.asarray(output, dtype=np.float32)
+    if axes == (BATCH, FEATURES):
+        return np.asarray(output[None, :])
+    if axes == (BATCH, SEQUENCE):
+        return np.asarray(output[valid][None, :])
+    tokens = output[valid]
+    if pooling is not None:
+        pooled = tokens[0] if pooling == "cls" else tokens.mean(axis=0)
+        return np.asarray((pooled / max(float(np.linalg.norm(pooled)), 1e-12))[None, :], dtype=np.float32)
+    keep = max(1, min(len(tokens), MAX_ELEMENTS // max(1, tokens.shape[1])))
+    return np.asarray(tokens[np.linspace(0, len(tokens) - 1, keep).round().astype(int)])

@@ -1,0 +1,37 @@
+"""cast-dtype: store the checkpoint's weights in another floating-point type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from optimize.models.loading import copy_carried, load_model
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+
+
+@dataclass(frozen=True)
+class CastDtype(Pass):
+    """Cast every floating-point weight; transformers then computes in that type."""
+
+    name: ClassVar = "cast-dtype"
+    accepts: ClassVar = Kind.CHECKPOINT
+    produces: ClassVar = Kind.CHECKPOINT
+    version: ClassVar = 1
+    tools: ClassVar = ("torch", "transformers", "safetensors")
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+    def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
+        if self.dtype not in target.dtypes:
+            return f"{target.device} has no {self.dtype} arithmetic"
+        return None
+
+    def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
+        import torch
+
+        model = load_model(source.path, context.task, self.dtype)
+        copy_carried(source.path, out)
+        model.save_pretrained(out)
+        weights = list(model.parameters())
+        return {"cast": sum(weight.dtype == getattr(torch, self.dtype) for weight in weights), "weights": len(weights)}

@@ -1,0 +1,52 @@
+"""export-onnx: an ONNX graph with dynamic batch and sequence, through transformers' own exporter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
+from optimize.pipeline.contract import Artifact, Context, Kind, Pass
+
+
+@dataclass(frozen=True)
+class ExportOnnx(Pass):
+    """Float32 graph; `fused` rewrites it into ONNX Runtime's own operators, which only ONNX Runtime can run.
+
+    Source: https://huggingface.co/docs/transformers (exporters), https://onnx.ai/onnx/operators
+    """
+
+    name: ClassVar = "export-onnx"
+    accepts: ClassVar = Kind.CHECKPOINT
+    produces: ClassVar = Kind.ONNX
+    version: ClassVar = 1
+    tools: ClassVar = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
+
+    opset: int = 20
+    fused: bool = False
+
+    def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
+        from transformers.exporters.configs import OnnxConfig
+        from transformers.exporters.exporter_onnx import OnnxExporter
+
+        model = load_model(source.path, context.task, "float32")
+        inputs = sample_inputs(source.path)
+        config = OnnxConfig(
+            dynamic=True,
+            dynamic_shapes=dynamic_shapes(source.path, inputs),
+            opset_version=self.opset,
+            ort_fusions="cpu" if self.fused else None,
+        )
+        exported = OnnxExporter().export(model, inputs, config=config)
+        OnnxExporter.save_program(exported.program, out / "model.onnx")
+        operators = [node.op_type for node in exported.program.graph.all_nodes()]
+        return {"nodes": len(operators), "attention": sum("Attention" in name for name in operators)}
+
+    def ensures(self, out: Path) -> None:
+        import onnx
+
+        graph = onnx.load(out / "model.onnx", load_external_data=False).graph
+        for tensor in (*graph.input, *graph.output):
+            if not tensor.type.tensor_type.shape.dim[0].dim_param:
+                raise ValueError(f"{tensor.name} has a fixed batch: it would only run at the traced one")

@@ -1,0 +1,37 @@
+"""hint-openvino: choose what OpenVINO computes a model's floating-point operations in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from optimize.passes.convert_openvino import IR, write_precision
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+
+
+@dataclass(frozen=True)
+class HintOpenvino(Pass):
+    """The same graph with another inference precision; its float weights are stored in 16 bits, half the size.
+
+    Source: https://docs.openvino.ai (precision control: inference_precision)
+    """
+
+    name: ClassVar = "hint-openvino"
+    accepts: ClassVar = Kind.OPENVINO
+    produces: ClassVar = Kind.OPENVINO
+    version: ClassVar = 1
+    tools: ClassVar = ("openvino",)
+
+    precision: Literal["bf16", "f16"] = "bf16"
+
+    def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
+        dtype = {"bf16": "bfloat16", "f16": "float16"}[self.precision]
+        return None if dtype in target.dtypes else f"{target.device} has no {dtype} arithmetic"
+
+    def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
+        import openvino
+
+        openvino.save_model(openvino.Core().read_model(source.path / IR), out / IR, compress_to_fp16=True)
+        write_precision(out, self.precision)
+        return {}

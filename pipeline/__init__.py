@@ -1,0 +1,1 @@
+"""The machine: contract, plan, store, workers, measurement, verdict, manifest, report, cli."""

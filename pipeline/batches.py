@@ -1,0 +1,30 @@
+"""Arrays between processes: batches of named arrays in one .npz file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Encoded = dict[str, NDArray[Any]]  # input or output name -> array
+
+
+def save_batches(path: Path, batches: Sequence[Mapping[str, NDArray[Any]]]) -> None:
+    """Write batches to one .npz: `INDEX/NAME` -> array."""
+    arrays: dict[str, Any] = {
+        f"{index}/{name}": array for index, batch in enumerate(batches) for name, array in batch.items()
+    }
+    np.savez(path, **arrays)
+
+
+def load_batches(path: Path) -> list[Encoded]:
+    """Read what `save_batches` wrote. Never unpickles."""
+    batches: dict[int, Encoded] = {}
+    with np.load(path, allow_pickle=False) as file:
+        for key in file.files:
+            index, name = key.split("/", 1)
+            batches.setdefault(int(index), {})[name] = file[key]
+    return [batches[index] for index in sorted(batches)]

@@ -1,0 +1,100 @@
+"""The emitted folder's README.md: what it is, how it was proved, and how to run it with its runtime alone."""
+
+from __future__ import annotations
+
+from optimize.pipeline.contract import Kind
+from optimize.pipeline.manifest import Report
+from optimize.pipeline.progress import accuracy_text
+from optimize.pipeline.verdict import Candidate
+
+TOKENIZE = """from transformers import AutoTokenizer
+
+inputs = dict(AutoTokenizer.from_pretrained(".")(["Some text."], padding=True, return_tensors="{tensors}"))
+"""
+
+RUN = {
+    Kind.CHECKPOINT: """import torch
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained(".", dtype="auto").eval()
+with torch.inference_mode():
+    outputs = model(**inputs)
+""",
+    Kind.AOTI: """import torch
+
+model = torch._inductor.aoti_load_package("model.pt2")  # torch {torch}, on a processor like this one
+names = model.get_metadata()["inputs"].split(",")
+with torch.inference_mode():
+    outputs = model(**{{name: inputs[name] for name in names}})
+""",
+    Kind.ONNX: """import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+names = [port.name for port in session.get_outputs()]
+outputs = dict(zip(names, session.run(None, {{port.name: inputs[port.name] for port in session.get_inputs()}})))
+""",
+    Kind.OPENVINO: """import json
+import openvino
+
+options = json.load(open("runtime.json"))  # without it OpenVINO picks another precision than was proved
+model = openvino.Core().compile_model("openvino_model.xml", "CPU", options)
+result = model({{port.any_name: inputs[port.any_name] for port in model.inputs}})
+outputs = {{port.any_name: result[port] for port in model.outputs}}
+""",
+}
+
+
+def usage(report: Report, kind: Kind) -> str:
+    """Python that runs the emitted folder without this package, from inside it."""
+    from optimize.models.tasks import TASKS
+
+    tensors = "pt" if kind in (Kind.CHECKPOINT, Kind.AOTI) else "np"
+    auto_class = TASKS[report.checkpoint.task].auto_class
+    run = RUN[kind].format(auto_class=auto_class, torch=report.host.packages.get("torch"))
+    return TOKENIZE.format(tensors=tensors) + "\n" + run
+
+
+def model_card(report: Report, winner: Candidate) -> str:
+    """README.md, as Markdown."""
+    assert winner.speed is not None
+    checkpoint, host = report.checkpoint, report.host
+    revision = f" at `{checkpoint.revision}`" if checkpoint.revision else ""
+    cells = "\n".join(
+        f"| {speed.cell} | {1e3 * speed.baseline_seconds:.2f} | {1e3 * speed.seconds:.2f} | {speed.speedup} |"
+        for speed in winner.speed.cells
+    )
+    return f"""---
+base_model: {checkpoint.model_id}
+pipeline_tag: {checkpoint.task}
+---
+
+# {checkpoint.model_id}, optimized for {host.target.name}
+
+Made by `optimize` from `{checkpoint.model_id}`{revision} ({checkpoint.architecture}, {checkpoint.dtype}) with
+
+    {winner.recipe}
+
+## What was proved
+
+On {host.target.device} ({host.target.cores} cores), {report.created}:
+
+- {accuracy_text(winner)}, against the float32 model on {winner.accuracy.examples if winner.accuracy else 0} examples
+  of {report.evaluation.source}; the gate was a drop of at most {report.gates.max_drop:g}.
+- {winner.speed.overall} times the speed of the eager {checkpoint.dtype} model (99% interval, geometric mean):
+
+| batch x tokens | eager, ms | this, ms | speedup |
+|---|---|---|---|
+{cells}
+
+`optimize verify .` repeats these checks here. The inputs, the reference's outputs and every raw timing are in
+`evidence/`; `optimize.json` has all of it in one schema.
+
+## How to run it
+
+With nothing but its runtime, in this folder:
+
+```python
+{usage(report, winner.kind)}```
+
+Or with `import optimize; model = optimize.load(".")`, which drops into `transformers.pipeline`.
+"""

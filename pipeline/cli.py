@@ -1,0 +1,267 @@
+"""The command line. Importing this imports no ML framework: `optimize --help` answers in a blink."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from click_default_group import DefaultGroup
+
+from optimize.pipeline.errors import ExitCode, OptimizeError
+
+FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
+
+
+@click.group(cls=DefaultGroup, default="compile", default_if_no_args=False, context_settings={"max_content_width": 110})
+@click.version_option(package_name="optimize")
+def main_group() -> None:
+    """Lower a Hugging Face checkpoint for a target, and emit only what is proved right and faster.
+
+    `optimize MODEL` is short for `optimize compile MODEL`. Exit codes: 0 emitted, 2 refused, 3 nothing built,
+    4 not accurate, 5 not faster, 6 inconclusive, 1 a bug, 130 interrupted.
+    """
+
+
+@main_group.command("compile")
+@click.argument("model")
+@click.option("--target", help="Where the artifact will run: cpu. [default: what is there]")
+@click.option("--task", help="What the checkpoint is for. [default: inferred from it]")
+@click.option("--data", metavar="FILE", help="Your own text: .jsonl, .csv, .parquet, or NAME:SPLIT on the hub.")
+@click.option("--out", type=click.Path(path_type=Path), help="The emitted folder. [default: ./MODEL-TARGET]")
+@click.option("--recipe", "recipes", multiple=True, metavar="TEXT", help="Only this recipe; may be given repeatedly.")
+@click.option("--max-drop", type=float, default=0.001, show_default=True, help="What may be lost of fidelity.")
+@click.option("--min-speedup", type=float, default=1.05, show_default=True, help="What the speedup must be above.")
+@click.option("--workload", default="1x32,1x128,8x128", show_default=True, help="Cells to measure, batch x tokens.")
+@click.option("--budget", default="3m", show_default=True, help="Time for measuring all candidates together.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report here too.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Store and runs. [default: $OPTIMIZE_CACHE or ~/.cache]")
+@click.option("--verbose", is_flag=True, help="Say more of what goes on.")
+def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **options: Any) -> int:
+    """Lower MODEL (a local folder, or a hub id with an optional @revision) and emit what passes the gates."""
+    from optimize.pipeline.driver import Request
+    from optimize.pipeline.progress import Lines, Live, NoteHandler
+
+    console = _console()
+    try:
+        logging.getLogger("optimize").addHandler(NoteHandler(Lines(console)))
+        logging.getLogger("optimize").setLevel(logging.DEBUG if verbose else logging.WARNING)
+        planned = Request(**options).plan()
+        if dry_run:
+            console.print(planned.plan.describe(planned.store), markup=False, highlight=False, soft_wrap=True)
+            return ExitCode.EMITTED
+        report = planned.run(Live(console) if console.is_terminal and not verbose else Lines(console))
+    except OptimizeError as error:
+        if json_file is not None:
+            _write(json_file, json.dumps({"exit_code": error.exit_code, "error": str(error)}, indent=1) + "\n")
+        raise
+    from optimize.pipeline.manifest import to_json
+    from optimize.pipeline.report import print_report
+
+    if json_file is not None:
+        _write(json_file, to_json(report))
+    print_report(console, report, planned.out)
+    return report.exit_code
+
+
+@main_group.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--budget", default="30s", show_default=True, help="Time for measuring.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the result here too.")
+def verify(folder: Path, budget: str, json_file: Path | None) -> int:
+    """Check an emitted FOLDER: its digests, then the gates again in a clean process on this host."""
+    from optimize.pipeline.driver import parse_budget
+    from optimize.pipeline.verify import verify_folder
+
+    result = verify_folder(folder, parse_budget(budget))
+    _console().print(result.describe(), markup=False, highlight=False, soft_wrap=True)
+    if json_file is not None:
+        from optimize.pipeline.manifest import adapter
+
+        _write(json_file, adapter(type(result)).dump_json(result, indent=1).decode() + "\n")
+    return result.exit_code
+
+
+@main_group.command()
+def passes() -> int:
+    """List the passes: what each reads, makes, and takes as options."""
+    from optimize.pipeline.recipe import pass_class, pass_names
+
+    table = _table("pass", "reads", "makes", "options (defaults)", "what it does")
+    for name in pass_names():
+        cls = pass_class(name)
+        options = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(cls))
+        table.add_row(name, cls.accepts, cls.produces, options, (cls.__doc__ or "").strip().splitlines()[0])
+    _console().print(table)
+    return ExitCode.EMITTED
+
+
+@main_group.command()
+def targets() -> int:
+    """List the targets of this version, and what this host is."""
+    from optimize.pipeline.driver import find_target, target_names
+
+    table = _table("target", "device", "cores", "memory", "dtypes", "features")
+    for name in target_names():
+        target, _ = find_target(name)
+        memory = f"{target.memory / 2**30:.0f} GiB"
+        table.add_row(
+            name, target.device, str(target.cores), memory, ", ".join(target.dtypes), ", ".join(target.features)
+        )
+    _console().print(table)
+    return ExitCode.EMITTED
+
+
+@main_group.group()
+def cache() -> None:
+    """Look after the store of artifacts."""
+
+
+CACHE = click.option("--cache", "cache_path", type=click.Path(path_type=Path), help="As for `optimize MODEL`.")
+
+
+@cache.command("list")
+@CACHE
+def cache_list(cache_path: Path | None) -> int:
+    """List the artifacts in the store."""
+    from optimize.pipeline.store import Damage
+
+    store = _store(cache_path)
+    table = _table("key", "kind", "MiB", "built in", "recipe")
+    for key in store.keys():  # noqa: SIM118 (not a dict)
+        entry = store.describe(key)
+        if isinstance(entry, Damage):
+            table.add_row(key[:10], "damaged", "", "", entry.reason)
+        else:
+            size, seconds = f"{entry.size / 2**20:.1f}", f"{entry.step.seconds:.1f} s"
+            table.add_row(key[:10], entry.artifact.kind, size, seconds, entry.text)
+    _console().print(table)
+    _console().print(f"{len(store.keys())} artifacts in {store.root}", highlight=False, soft_wrap=True)
+    return ExitCode.EMITTED
+
+
+@cache.command("verify")
+@CACHE
+def cache_verify(cache_path: Path | None) -> int:
+    """Check every byte of every artifact in the store."""
+    from optimize.pipeline.store import Damage
+
+    store = _store(cache_path)
+    damaged = [found for found in map(store.get, store.keys()) if isinstance(found, Damage)]
+    for damage in damaged:
+        _console().print(f"damaged: {damage.key[:10]}: {damage.reason}", highlight=False, soft_wrap=True)
+    _console().print(f"{len(store.keys())} artifacts, {len(damaged)} damaged (a run rebuilds them)", highlight=False)
+    return ExitCode.BUG if damaged else ExitCode.EMITTED
+
+
+@cache.command("prune")
+@CACHE
+@click.option("--days", type=click.IntRange(min=0), default=30, show_default=True, help="Keep what was used since.")
+def cache_prune(cache_path: Path | None, days: int) -> int:
+    """Remove old artifacts and runs, damaged artifacts, and what killed runs left behind."""
+    import time
+
+    store = _store(cache_path)
+    before = time.time() - days * 86400
+    removed = store.prune(before)
+    runs = store.root.parent / "runs"
+    old = [run for run in runs.iterdir() if run.stat().st_mtime < before] if runs.exists() else []
+    for run in old:
+        shutil.rmtree(run, ignore_errors=True)
+    _console().print(f"removed {removed} artifacts and {len(old)} runs", highlight=False)
+    return ExitCode.EMITTED
+
+
+@main_group.command()
+def doctor() -> int:
+    """Say what this host has of what the passes and runtimes need."""
+    from optimize.pipeline.doctor import findings
+
+    table = _table("what", "found", "what it means")
+    rows = findings()
+    for row in rows:
+        table.add_row(row.what, ("" if row.good else "[red]") + row.found, row.meaning)
+    _console().print(table)
+    return ExitCode.EMITTED if all(row.good for row in rows) else ExitCode.BUG
+
+
+@main_group.command()
+@click.argument("request", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+def repeat(request: Path) -> int:
+    """Repeat one failed build step from the REQUEST file that its error named, with its log on the screen."""
+    import tempfile
+
+    from optimize.pipeline.worker import Worker
+
+    out = Path(tempfile.mkdtemp(prefix="optimize-repeat-"))
+    facts = Worker().build(**json.loads(request.read_text()), out=str(out))
+    _console().print(f"built into {out}: {facts}", highlight=False, soft_wrap=True)
+    return ExitCode.EMITTED
+
+
+def main() -> NoReturn:
+    """The console script: turns outcomes into exit codes, and errors into words."""
+    signal.signal(signal.SIGTERM, _interrupted)
+    try:
+        code = main_group.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = _complain("interrupted; what was built so far is kept", None, ExitCode.INTERRUPTED)
+    except KeyboardInterrupt:
+        code = _complain("interrupted; what was built so far is kept", None, ExitCode.INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        code = ExitCode.REFUSED
+    except OptimizeError as error:
+        code = _complain(error.message, error.hint, error.exit_code)
+    sys.exit(int(code or 0))
+
+
+def _interrupted(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _complain(message: str, hint: str | None, code: ExitCode) -> ExitCode:
+    click.echo(f"error: {message}", err=True)
+    if hint is not None:
+        click.echo(f"  {hint}", err=True)
+    return code
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise OptimizeError(f"{path} cannot be written: {error}") from None
+
+
+def _store(cache_path: Path | None) -> Any:
+    from optimize.pipeline.driver import cache_folder
+    from optimize.pipeline.store import Store
+
+    return Store(cache_folder(cache_path) / "store")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _table(*titles: str) -> Any:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    return Table(*titles, box=SIMPLE, pad_edge=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The words of the system as types: everything else is written against this file.
+
+Nothing here imports an ML framework, and nothing here knows a particular pass, target or runtime.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Batch = Mapping[str, Array]  # input or output name -> array; the first axis is the batch
+
+
+class Kind(StrEnum):
+    """What a folder holds. The value is the word used in recipes' errors, manifests and the store."""
+
+    CHECKPOINT = "checkpoint"  # config.json and *.safetensors, as transformers saves them
+    AOTI = "aoti"  # model.pt2, an AOTInductor package
+    ONNX = "onnx"  # model.onnx with model.onnx.data
+    OPENVINO = "openvino"  # openvino_model.xml and .bin
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model id or local folder, resolved to a pinned revision and a list of files with digests."""
+
+    model_id: str  # as the user gave it, without the revision
+    folder: Path
+    revision: str | None  # the hub's commit; None for a local folder
+    task: str
+    architecture: str  # the class that transformers builds, such as BertModel
+    dtype: str  # the dtype of most of its weights, in torch's spelling
+    parameters: int
+    weight_bytes: int
+    max_length: int  # the longest sequence that it takes, in tokens
+    files: Mapping[str, str]  # relative path -> sha256, of every file that may enter an artifact
+
+    @property
+    def name(self) -> str:
+        """The last part of the id: what emitted folders are called after."""
+        return self.model_id.rstrip("/").rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the artifact will run. Probed facts, not wishes."""
+
+    name: str  # "cpu"
+    device: str  # the processor's own name
+    arch: str  # "x86_64", "aarch64"
+    features: tuple[str, ...]  # the instruction sets that change what compilers emit
+    dtypes: tuple[str, ...]  # dtypes with arithmetic of their own on this device
+    cores: int  # that this process may use
+    memory: int  # bytes that this process may use
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder of one kind with its key and digest: a pass's output in the store, or a checkpoint."""
+
+    kind: Kind
+    path: Path
+    key: str  # lineage: known before it is built
+    digest: str  # content: sha256 over its files, known after
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may know besides its source. Whatever it uses of this must be in its key."""
+
+    task: str
+    target: Target
+    calibration: Path | None = None  # an .npz of model inputs (see models/data.py), never of evaluation examples
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One transformation: reads a read-only folder of one kind, fills an empty folder of another kind.
+
+    The fields of a subclass are its options; with the class variables they make its part of the key. A subclass lives
+    in passes/NAME.py, imports its library inside `run`, and raises anything it likes: the worker turns it into a
+    `PassError` that names the step.
+    """
+
+    name: ClassVar[str]  # as written in a recipe: the file's name with dashes
+    accepts: ClassVar[Kind]
+    produces: ClassVar[Kind]
+    version: ClassVar[int]  # bump when the output changes for the same input and options
+    tools: ClassVar[tuple[str, ...]]  # distributions whose versions enter the key
+    toolchain: ClassVar[str] = "default"  # the environment it runs in
+    target_facts: ClassVar[tuple[str, ...]] = ()  # fields of Target that change the output, such as "features"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether, with these options, it reads calibration data (whose digest then enters the key)."""
+        return False
+
+    def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
+        """Why it cannot run for this checkpoint here, or None. Cheap: it imports no framework."""
+        return None
+
+    @abstractmethod
+    def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
+        """Fill the empty folder `out`; write nowhere else. Returns coverage and other facts for the manifest."""
+
+    def ensures(self, out: Path) -> None:  # noqa: B027 (a pass with nothing more to check is fine)
+        """Raise unless `out` is what was promised. Checked before publication into the store."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One candidate way to lower the checkpoint for a target. No passes: the checkpoint as it is."""
+
+    name: str
+    passes: tuple[Pass, ...]
+
+    @property
+    def produces(self) -> Kind:
+        return self.passes[-1].produces if self.passes else Kind.CHECKPOINT
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the workload: what is timed as one call."""
+
+    batch: int
+    sequence: int  # tokens, all of them real: no padding
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.sequence}"
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a candidate must prove. See docs/measuring.md for what each number is compared with."""
+
+    max_drop: float = 0.001  # of fidelity to the float32 reference (1 - mean cosine), or of the task's metric
+    min_speedup: float = 1.05  # the lower end of the speedup's interval must be above it
+
+
+class Session(Protocol):
+    """A live model in a worker process. It never returns a view of a buffer that the next call overwrites."""
+
+    inputs: tuple[str, ...]
+
+    def run(self, batch: Batch) -> dict[str, Array]:
+        """One forward pass. Inputs are int64 arrays of [batch, sequence]; outputs are float32, by field name."""
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What is known of one built step: stored with the artifact, shown in the table, kept in the manifest."""
+
+    seconds: float
+    peak_memory: int  # bytes resident in the worker, at most, while the step ran
+    facts: dict[str, Any] = field(default_factory=dict)  # what the pass reported: coverage and the like

@@ -1,0 +1,46 @@
+"""`optimize doctor`: what this host has of what the passes and runtimes need."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+
+from optimize.pipeline.driver import cache_folder, find_target
+from optimize.pipeline.plan import installed_version
+from optimize.pipeline.recipe import pass_class, pass_names
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row: what was looked for, what was found, what that means."""
+
+    what: str
+    found: str
+    meaning: str
+    good: bool = True
+
+
+def findings() -> list[Finding]:
+    """Look at the interpreter, the processor, the compilers, the cache's disk and every pass's distributions."""
+    target, _ = find_target(None)
+    cache = cache_folder(None)
+    disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free = shutil.disk_usage(disk).free
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    rows = [
+        Finding("python", sys.version.split()[0], sys.executable),
+        Finding("processor", target.device, f"{target.cores} cores; {', '.join(target.features)}"),
+        Finding("memory", f"{target.memory / 2**30:.0f} GiB", "a checkpoint needs about 12 bytes a parameter to build"),
+        Finding("C++ compiler", compiler or "none", "compile-aoti needs one", good=compiler is not None),
+        Finding("cache", f"{free / 2**30:.0f} GiB free", str(cache), good=free > 2 << 30),
+    ]
+    needs: dict[str, list[str]] = {}
+    for name in pass_names():
+        for tool in pass_class(name).tools:
+            needs.setdefault(tool, []).append(name)
+    for tool, passes in sorted(needs.items()):
+        version = installed_version(tool)
+        meaning = f"for {', '.join(passes)}" + ("" if version else f": pip install {tool}")
+        rows.append(Finding(tool, version or "not installed", meaning, good=version is not None))
+    return rows

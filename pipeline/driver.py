@@ -1,0 +1,141 @@
+"""A request, from words to a plan and a run: what the command line and `optimize.compile` share."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from optimize.pipeline.contract import Checkpoint, Gates, Recipe, Target
+from optimize.pipeline.emit import check_out
+from optimize.pipeline.errors import RequestError
+from optimize.pipeline.manifest import Report
+from optimize.pipeline.plan import DEFAULT_WORKLOAD, Plan, make_plan
+from optimize.pipeline.progress import Progress
+from optimize.pipeline.recipe import parse
+from optimize.pipeline.run import Run, Texts, new_run_folder
+from optimize.pipeline.store import Store
+
+DEFAULT_BUDGET = "3m"
+_UNITS = {"s": 1, "m": 60, "h": 3600, "": 1}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for, as given. `run` and `plan` raise RequestError for what cannot be done."""
+
+    model: str
+    target: str | None = None
+    task: str | None = None
+    data: str | None = None
+    out: Path | None = None
+    recipes: Sequence[str] = ()
+    max_drop: float = Gates.max_drop
+    min_speedup: float = Gates.min_speedup
+    workload: str = DEFAULT_WORKLOAD
+    budget: str = DEFAULT_BUDGET
+    cache: Path | None = None
+
+    def plan(self) -> Planned:
+        """Resolve the checkpoint, read the data, give every step its key. Nothing is built, nothing is written."""
+        # lazily and by name: these are the layers above pipeline/, and only a request reaches up to them
+        checkpoints = importlib.import_module("optimize.models.checkpoint")
+        examples = importlib.import_module("optimize.models.examples")
+        tasks = importlib.import_module("optimize.models.tasks")
+        budget = parse_budget(self.budget)
+        target, defaults = find_target(self.target)
+        explicit = tuple(parse(text) for text in self.recipes)
+        cache = cache_folder(self.cache)
+        checkpoint = cast(Checkpoint, checkpoints.resolve(self.model, self.task, memory=target.memory))
+        out = self.out if self.out is not None else Path(f"{checkpoint.name}-{target.name}")
+        check_out(out, cache)
+        task = tasks.TASKS[checkpoint.task]
+        labels = checkpoints.id2label(checkpoint.folder) if task.label_column else None
+        read = examples.read_examples(self.data, task, labels)
+        plan = make_plan(
+            checkpoint, target, explicit or defaults.recipes(checkpoint, target), workload=self.workload,
+            gates=Gates(self.max_drop, self.min_speedup), budget=budget,
+            evaluation=f"{len(read.evaluation)} examples of {read.source}, {len(read.calibration)} others to calibrate",
+            calibration_digest=read.calibration_digest if read.calibration else None,
+        )  # fmt: skip
+        pooling = tasks.sentence_pooling(checkpoint.folder) if task.name == "sentence-similarity" else None
+        texts = Texts(read.source, read.evaluation, read.calibration, read.labels, pooling, task.top1)
+        return Planned(plan, texts, Store(cache / "store"), cache, out)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A request that can be run."""
+
+    plan: Plan
+    texts: Texts
+    store: Store
+    cache: Path
+    out: Path
+
+    def run(self, progress: Progress) -> Report:
+        """Run the plan. Raises OptimizeError when the run itself cannot go on; see Report.exit_code otherwise."""
+        try:
+            folder = new_run_folder(self.cache)
+        except OSError as error:
+            raise RequestError(
+                f"the cache {self.cache} cannot be written: {error}", hint="name another with --cache"
+            ) from None
+        try:
+            return Run(self.plan, self.texts, self.store, folder, progress).execute(self.out)
+        finally:
+            progress.close()
+
+
+def cache_folder(cache: Path | None) -> Path:
+    """--cache, or $OPTIMIZE_CACHE, or the user's cache folder."""
+    import platformdirs
+
+    named = cache or os.environ.get("OPTIMIZE_CACHE") or platformdirs.user_cache_dir("optimize")
+    return Path(named).expanduser().resolve()
+
+
+def target_names() -> tuple[str, ...]:
+    """The targets of this version: the files of targets/."""
+    package = importlib.import_module("optimize.targets")
+    return tuple(
+        sorted(each.name.replace("_", "-") for each in pkgutil.iter_modules(package.__path__) if not each.ispkg)
+    )
+
+
+def find_target(name: str | None) -> tuple[Target, TargetModule]:
+    """Probe the named target; without a name, the only one that this version has for this host."""
+    names = target_names()
+    wanted = name or "cpu"
+    if wanted not in names:
+        raise RequestError(f"target {wanted!r} is not in this version", hint=f"targets: {', '.join(names)}")
+    module = cast(TargetModule, importlib.import_module(f"optimize.targets.{wanted.replace('-', '_')}"))
+    return module.probe(), module
+
+
+class TargetModule:
+    """What a file in targets/ has."""
+
+    def probe(self) -> Target:
+        """Facts of this host. Raises RequestError when the host is no such target."""
+        raise NotImplementedError
+
+    def recipes(self, checkpoint: Checkpoint, target: Target) -> tuple[Recipe, ...]:
+        """The candidates for a checkpoint."""
+        raise NotImplementedError
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of `90`, `90s`, `5m` or `1h`. Raises RequestError for anything else, and below 10 s."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if match is None:
+        raise RequestError(f"--budget {text!r} is not a time", hint="for example 90s, 5m or 1h")
+    seconds = float(match[1]) * _UNITS[match[2]]
+    if not 10 <= seconds <= 24 * 3600:
+        raise RequestError(f"--budget {text!r} is not between 10 seconds and 24 hours")
+    return seconds

@@ -1,0 +1,64 @@
+"""What can go wrong, and the exit code that each outcome has.
+
+The codes are a contract with build systems: documented in docs/exit-codes.md, tested, never changed without a major
+version. An error's text is for its reader: what failed, on what, why, and what to do next.
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    EMITTED = 0  # an artifact that passes all gates was emitted
+    BUG = 1  # anything else, with a traceback
+    REFUSED = 2  # the request cannot be planned; nothing ran
+    NOT_BUILT = 3  # every recipe failed
+    NOT_ACCURATE = 4  # something was built, none is accurate enough
+    NOT_FASTER = 5  # accurate, but none is faster than the gate demands
+    INCONCLUSIVE = 6  # the noise on this host hides the difference that was asked about
+    WORSE = 7  # worse than the artifact it was compared with (reserved)
+    INTERRUPTED = 130  # Ctrl-C or SIGTERM; the store is intact
+
+
+class OptimizeError(Exception):
+    """An outcome that the user can act on: printed without a traceback."""
+
+    exit_code = ExitCode.BUG
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint  # what to do next: a command, or the name of an option
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n  {self.hint}"
+
+
+class RequestError(OptimizeError):
+    """The request cannot be planned: bad options, data, recipe or output folder."""
+
+    exit_code = ExitCode.REFUSED
+
+
+class CheckpointError(RequestError):
+    """The checkpoint is missing, damaged, unsupported or unsafe."""
+
+
+class PassError(OptimizeError):
+    """One step of one recipe failed. Carries the log's tail and the command that repeats the step alone."""
+
+    exit_code = ExitCode.NOT_BUILT
+
+
+class WorkerError(OptimizeError):
+    """A worker process died, hung past its limit, or answered with an error."""
+
+    def __init__(self, message: str, *, hint: str | None = None, kind: str = "error", log_tail: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.kind = kind  # "error" (it answered with one), "died" or "timeout"
+        self.log_tail = log_tail
+
+
+class ArtifactError(OptimizeError):
+    """An emitted or stored artifact is damaged, or is not one."""
+
+    exit_code = ExitCode.REFUSED

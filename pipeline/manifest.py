@@ -1,0 +1,155 @@
+"""`optimize.json`: everything needed to know, verify and repeat an emitted artifact.
+
+The types here are the schema: docs/optimize.schema.json is generated from them (`make docs`), and reading a manifest
+validates it. A field that is added is a new minor SCHEMA_VERSION; one that changes its meaning is a new major.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimize.pipeline.accuracy import Accuracy
+from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Target
+from optimize.pipeline.errors import ArtifactError
+from optimize.pipeline.measure import Speed
+from optimize.pipeline.plan import installed_version
+from optimize.pipeline.verdict import Candidate
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+SCHEMA_VERSION = "1.0"
+FILE = "optimize.json"
+RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that was lowered. `files` are the digests of what was read."""
+
+    model_id: str
+    folder: str  # where it lay when this was emitted: a hint for `verify`, checked by the digests
+    revision: str | None
+    task: str
+    architecture: str
+    dtype: str
+    parameters: int
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What accuracy was judged on; the inputs and the reference's outputs lie in evidence/."""
+
+    source: str
+    calibration_digest: str | None
+    pooling: str | None  # how tokens become the sentence embedding that is judged
+    top1: bool  # whether the largest element of an output is an answer
+    labels: tuple[int, ...] | None  # class indices of the examples, where --data had them
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the eager model costs: seconds to load and for the first call, bytes at most."""
+
+    load_seconds: float
+    first_seconds: float
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where it was proved."""
+
+    target: Target
+    system: str
+    python: str
+    packages: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a run: what `--json` writes. `emitted` names the candidate in the emitted folder."""
+
+    schema_version: str
+    created: str  # ISO 8601, UTC
+    exit_code: int
+    checkpoint: Source
+    host: Host
+    workload: tuple[Cell, ...]
+    gates: Gates
+    evaluation: Evaluation
+    left_out: dict[str, str]
+    candidates: tuple[Candidate, ...]
+    emitted: str | None
+    seconds: dict[str, float]  # of the run's phases: prepare, build, evaluate, measure, emit
+    baseline: Baseline | None  # None when nothing was timed
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """optimize.json. `files` are digests of every other file in the folder."""
+
+    schema_version: str
+    kind: Kind
+    recipe: str
+    files: dict[str, str]
+    accuracy: Accuracy
+    speed: Speed
+    report: Report
+
+
+def source_of(checkpoint: Checkpoint) -> Source:
+    """The checkpoint's part of a report."""
+    return Source(
+        checkpoint.model_id, str(checkpoint.folder), checkpoint.revision, checkpoint.task, checkpoint.architecture,
+        checkpoint.dtype, checkpoint.parameters, dict(checkpoint.files),
+    )  # fmt: skip
+
+
+def host_of(target: Target) -> Host:
+    """This host's part of a report."""
+    versions = {name: installed_version(name) for name in RECORDED}
+    packages = {name: version for name, version in versions.items() if version is not None}
+    return Host(target, platform.platform(), platform.python_version(), packages)
+
+
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    """Pydantic's reader and writer for one of the types here."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def to_json(value: Report | Manifest) -> str:
+    """As indented JSON. Infinite interval ends are written as null."""
+    return adapter(type(value)).dump_json(value, indent=1).decode() + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an emitted folder. Raises ArtifactError if there is none, or it is not a valid one."""
+    from pydantic import ValidationError
+
+    path = folder / FILE
+    try:
+        manifest: Manifest = adapter(Manifest).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} has no {FILE}: it was not emitted by optimize") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ArtifactError(f"{path} is not a valid manifest: {where}: {first['msg']}") from None
+    if manifest.schema_version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise ArtifactError(
+            f"{path} has schema version {manifest.schema_version}, this optimize reads {SCHEMA_VERSION}",
+            hint="use the optimize that is named in its report.host.packages",
+        )
+    return manifest
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of optimize.json."""
+    return {"title": "optimize.json", "version": SCHEMA_VERSION} | adapter(Manifest).json_schema()

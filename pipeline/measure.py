@@ -1,0 +1,97 @@
+"""Paired, interleaved timing of a candidate against the baseline. The reasons are in docs/measuring.md.
+
+Two workers live side by side; the one that is not being timed is stopped. A quad is four blocks, A B B A, of every
+cell of the workload: its log ratio is free of any drift that is linear over the quad. The quads are the independent
+samples; how many there are is fixed before the first is looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from optimize.pipeline.contract import Cell
+from optimize.pipeline.statistics import Interval, ratio_interval
+from optimize.pipeline.workers import WorkerProcess, running
+
+BLOCK_SECONDS = 0.05  # of calls for one cell in one block, beside one call to warm up
+MIN_QUADS, MAX_QUADS = 5, 30
+CALL_LIMIT = 300.0
+
+
+@dataclass(frozen=True)
+class CellSpeed:
+    """One cell: the speedup, and the medians of both sides' calls in seconds."""
+
+    cell: Cell
+    speedup: Interval
+    baseline_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A candidate against the baseline over the whole workload. `overall` is the geometric mean of the cells."""
+
+    overall: Interval
+    cells: tuple[CellSpeed, ...]
+    quads: int
+
+
+# seconds of each call, by quad, block of the quad (A B B A), cell and call: the raw figures behind a Speed
+Samples = list[list[list[list[float]]]]
+
+
+def compare(
+    baseline: WorkerProcess,
+    candidate: WorkerProcess,
+    cells: Sequence[Cell],
+    budget: float,
+    progress: Callable[[Interval, int, int], None] = lambda interval, done, planned: None,
+) -> tuple[Speed, Samples]:
+    """Time both workers (each with an open session, both paused) for about `budget` seconds.
+
+    The first quad warms both up and tells how many fit; it is not among the samples. `progress` is shown the interval
+    as it shrinks, and decides nothing.
+    """
+    started = time.monotonic()
+    _quad(baseline, candidate, len(cells))
+    planned = int(min(max(budget / max(time.monotonic() - started, 1e-3) - 1, MIN_QUADS), MAX_QUADS))
+    raw: Samples = []
+    for done in range(1, planned + 1):
+        raw.append(_quad(baseline, candidate, len(cells)))
+        if done > 1:
+            progress(summarize(raw, cells).overall, done, planned)
+    return summarize(raw, cells), raw
+
+
+def summarize(raw: Samples, cells: Sequence[Cell]) -> Speed:
+    """The speed that raw samples amount to: per cell, and as the geometric mean over cells."""
+    ratios = [[_log_ratio([block[index] for block in quad]) for index in range(len(cells))] for quad in raw]
+    speeds = []
+    for index, cell in enumerate(cells):
+        ours = [call for quad in raw for block in (quad[1], quad[2]) for call in block[index]]
+        theirs = [call for quad in raw for block in (quad[0], quad[3]) for call in block[index]]
+        interval = ratio_interval([quad[index] for quad in ratios])
+        speeds.append(CellSpeed(cell, interval, statistics.median(theirs), statistics.median(ours)))
+    return Speed(ratio_interval([math.fsum(quad) / len(quad) for quad in ratios]), tuple(speeds), len(raw))
+
+
+def _quad(baseline: WorkerProcess, candidate: WorkerProcess, cells: int) -> list[list[list[float]]]:
+    return [_block(worker, cells) for worker in (baseline, candidate, candidate, baseline)]
+
+
+def _block(worker: WorkerProcess, cells: int) -> list[list[float]]:
+    with running(worker):
+        return [
+            worker.ask("time", limit=CALL_LIMIT, cell=cell, seconds=BLOCK_SECONDS, least=1) for cell in range(cells)
+        ]
+
+
+def _log_ratio(blocks: Sequence[Sequence[float]]) -> float:
+    """log(baseline / candidate) of one cell in one quad, from the medians of its four blocks."""
+    first, second, third, fourth = (math.log(statistics.median(block)) for block in blocks)
+    return (first - second - third + fourth) / 2

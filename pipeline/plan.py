@@ -1,0 +1,232 @@
+"""All recipes of a run with their keys: known, printable and refusable before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from optimize.pipeline.contract import Cell, Checkpoint, Gates, Pass, Recipe, Target
+from optimize.pipeline.errors import RequestError
+from optimize.pipeline.recipe import parse, pass_text, recipe_text
+from optimize.pipeline.store import Store
+
+KEY_VERSION = 1  # bump when the meaning of keys changes
+DEFAULT_WORKLOAD = "1x32,1x128,8x128"
+MAX_TOKENS = 1 << 20  # in one cell: more is a typing error, and would only end in an out-of-memory kill
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of one recipe with the key of what it makes and the text that leads there."""
+
+    step: Pass
+    key: str
+    text: str  # the recipe that leads here
+
+    @property
+    def pass_text(self) -> str:
+        return pass_text(self.step)
+
+
+@dataclass(frozen=True)
+class PlannedRecipe:
+    """A recipe whose every step can run here."""
+
+    recipe: Recipe
+    steps: tuple[Step, ...]
+
+    @property
+    def key(self) -> str:
+        return self.steps[-1].key if self.steps else ""
+
+    @property
+    def text(self) -> str:
+        return recipe_text(self.recipe)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A recipe that cannot run here, and why."""
+
+    recipe: Recipe
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do."""
+
+    checkpoint: Checkpoint
+    checkpoint_key: str
+    target: Target
+    recipes: tuple[PlannedRecipe, ...]
+    left_out: tuple[LeftOut, ...]
+    workload: tuple[Cell, ...]
+    gates: Gates
+    budget: float  # seconds for measuring
+    evaluation: str  # what accuracy is judged on, in words
+    calibration_digest: str | None
+    reference: Step | None  # what makes the float32 reference, where the checkpoint itself is not float32
+
+    def describe(self, store: Store | None = None) -> str:
+        """The plan as text: what golden tests hold, and with a store, what is cached and what will be built."""
+        checkpoint, gates = self.checkpoint, self.gates
+        revision = f"@{checkpoint.revision[:12]}" if checkpoint.revision else ""
+        lines = [
+            f"checkpoint  {checkpoint.name}{revision} ({checkpoint.architecture}, {checkpoint.task}, "
+            f"{checkpoint.parameters / 1e6:.1f} M parameters, {checkpoint.dtype})",
+            f"target      {self.target.name}: {self.target.device}, {self.target.cores} cores, "
+            f"{self.target.memory / 2**30:.0f} GiB; {', '.join(self.target.features) or 'no vector extensions known'}",
+            f"workload    {', '.join(map(str, self.workload))} (batch x tokens), measured for {self.budget:.0f} s",
+            f"evaluation  {self.evaluation}",
+            f"gates       drop at most {gates.max_drop:g}, speedup above {gates.min_speedup:g}",
+            f"memory      about {needed_memory(checkpoint) / 2**30:.1f} GiB for building",
+            "",
+        ]
+        width = max((len(planned.recipe.name) for planned in self.recipes), default=0)
+        for planned in self.recipes:
+            steps = []
+            for step in planned.steps:
+                state = "" if store is None else " [cached]" if store.has(step.key) else " [build]"
+                steps.append(f"{step.pass_text}{state} {step.key[:10]}")
+            lines.append(f"{planned.recipe.name:<{width}}  {' -> '.join(steps) or 'the checkpoint as it is'}")
+        lines += [f"left out: {left.recipe.name}: {left.reason}" for left in self.left_out]
+        return "\n".join(lines)
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    target: Target,
+    recipes: Iterable[Recipe],
+    *,
+    workload: str = DEFAULT_WORKLOAD,
+    gates: Gates | None = None,
+    budget: float = 180.0,
+    evaluation: str = "",
+    calibration_digest: str | None = None,
+) -> Plan:
+    """Give every step its key and leave out what cannot run.
+
+    Raises RequestError for a bad workload or gate, for
+    two recipes that are the same, and when nothing is left.
+    """
+    gates = gates or Gates()
+    if not 0 < gates.max_drop <= 1:
+        raise RequestError(f"--max-drop {gates.max_drop:g} is not above 0 and at most 1")
+    if not 0 < gates.min_speedup < 1000:
+        raise RequestError(f"--min-speedup {gates.min_speedup:g} is not above 0 and below 1000")
+    source_key = checkpoint_key(checkpoint)
+    planned: list[PlannedRecipe] = []
+    left_out: list[LeftOut] = []
+    for recipe in recipes:
+        reason = _reason(recipe, checkpoint, target, calibration_digest)
+        if reason is not None:
+            left_out.append(LeftOut(recipe, reason))
+            continue
+        planned.append(_with_keys(recipe, source_key, checkpoint, target, calibration_digest))
+    names = [each.recipe.name for each in planned]
+    if len({each.key for each in planned}) < len(planned) or len(set(names)) < len(names):
+        raise RequestError("two recipes are the same", hint=f"recipes: {'; '.join(names)}")
+    if not planned:
+        listed = "; ".join(f"{left.recipe.name}: {left.reason}" for left in left_out)
+        raise RequestError(f"no recipe can run here ({listed})" if listed else "there are no recipes")
+    reference = None
+    if checkpoint.dtype != "float32":
+        recipe = parse("cast-dtype{dtype=float32}")
+        (reference,) = _with_keys(recipe, source_key, checkpoint, target, calibration_digest).steps
+    cells = parse_workload(workload, checkpoint.max_length)
+    return Plan(
+        checkpoint, source_key, target, tuple(planned), tuple(left_out), cells, gates, budget, evaluation,
+        calibration_digest, reference,
+    )  # fmt: skip
+
+
+def _with_keys(
+    recipe: Recipe, source_key: str, checkpoint: Checkpoint, target: Target, calibration_digest: str | None
+) -> PlannedRecipe:
+    steps: list[Step] = []
+    for step in recipe.passes:
+        key = step_key(steps[-1].key if steps else source_key, step, checkpoint.task, target, calibration_digest)
+        steps.append(Step(step, key, recipe_text(Recipe("", recipe.passes[: len(steps) + 1]))))
+    return PlannedRecipe(recipe, tuple(steps))
+
+
+def parse_workload(text: str, max_length: int) -> tuple[Cell, ...]:
+    """Read `1x32,8x128` (batch x tokens). Raises RequestError for what cannot be run."""
+    cells = []
+    for part in text.split(","):
+        batch, _, sequence = part.strip().partition("x")
+        if not (batch.isascii() and batch.isdigit() and sequence.isascii() and sequence.isdigit()):
+            raise RequestError(f"--workload: {part!r} is not BATCHxTOKENS", hint="for example 1x32,1x128,8x128")
+        cell = Cell(int(batch), int(sequence))
+        if cell.batch < 1 or cell.sequence < 4:
+            raise RequestError(f"--workload: {cell}: at least a batch of 1 and 4 tokens (two of them are special)")
+        if cell.sequence > max_length:
+            raise RequestError(f"--workload: {cell} is longer than the model's limit of {max_length} tokens")
+        if cell.batch * cell.sequence > MAX_TOKENS:
+            raise RequestError(f"--workload: {cell} is more than {MAX_TOKENS} tokens in one call")
+        if cell in cells:
+            raise RequestError(f"--workload: {cell} is given twice")
+        cells.append(cell)
+    return tuple(cells)
+
+
+def checkpoint_key(checkpoint: Checkpoint) -> str:
+    """The key that every recipe starts from: the files' content. Not in it: the id, the folder, the file times."""
+    return _sha256({"version": KEY_VERSION, "files": dict(checkpoint.files)})
+
+
+def step_key(source_key: str, step: Pass, task: str, target: Target, calibration_digest: str | None) -> str:
+    """The lineage key of what `step` makes from the artifact `source_key`.
+
+    Not in it, because it does not change the output: the host's name, memory, load and time, the cache folder, the
+    worker that runs it, and versions of distributions that the pass does not name.
+    """
+    return _sha256(
+        {
+            "source": source_key,
+            "pass": step.name,
+            "version": step.version,
+            "options": pass_text(step),
+            "tools": {tool: installed_version(tool) for tool in step.tools},
+            "target": {fact: getattr(target, fact) for fact in step.target_facts},
+            "task": task,
+            "calibration": calibration_digest if step.calibrated else None,
+        }
+    )
+
+
+@cache
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, from its metadata: asking by import would take seconds."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def needed_memory(checkpoint: Checkpoint) -> int:
+    """Bytes that building needs at most, estimated: exporters hold the float32 weights about three times."""
+    return 3 * 4 * checkpoint.parameters + (1 << 30)
+
+
+def _reason(recipe: Recipe, checkpoint: Checkpoint, target: Target, calibration_digest: str | None) -> str | None:
+    for step in recipe.passes:
+        for tool in step.tools:
+            if installed_version(tool) is None:
+                return f"{step.name} needs {tool}, which is not installed: pip install {tool}"
+        reason = step.requires(checkpoint, target)
+        if reason is not None:
+            return f"{step.name}: {reason}"
+        if step.calibrated and calibration_digest is None:
+            return f"{step.name}: no calibration data"
+    return None
+
+
+def _sha256(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()

@@ -1,0 +1,123 @@
+"""Recipes as text that round-trips: `export-onnx{opset=18},quantize-onnx{mode=dynamic}`.
+
+The text is what `--recipe` takes, what `--dry-run` prints, what the manifest records and what golden tests hold.
+Options at their defaults are left out; `checkpoint` alone is the recipe without passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import re
+import typing
+from importlib.metadata import entry_points
+
+from optimize.pipeline.contract import Kind, Pass, Recipe
+from optimize.pipeline.errors import RequestError
+
+UNCHANGED = "checkpoint"
+_STEP = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
+
+
+def pass_names() -> tuple[str, ...]:
+    """Every pass's name: the files of passes/, and what installed distributions offer as `optimize.passes`."""
+    package = importlib.import_module("optimize.passes")
+    own = {module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__) if module.name[0] != "_"}
+    return tuple(sorted(own | {point.name for point in entry_points(group="optimize.passes")}))
+
+
+def pass_class(name: str) -> type[Pass]:
+    """The pass called `name`. Raises RequestError for a name that is not among `pass_names()`."""
+    if name not in pass_names():
+        raise RequestError(f"unknown pass {name!r}", hint=f"passes: {', '.join(pass_names())} (see `optimize passes`)")
+    for point in entry_points(group="optimize.passes", name=name):
+        return typing.cast(type[Pass], point.load())
+    module = importlib.import_module(f"optimize.passes.{name.replace('-', '_')}")
+    found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Pass) and c is not Pass]
+    (only,) = [c for c in found if c.__module__ == module.__name__]
+    return only
+
+
+def parse(text: str, name: str | None = None) -> Recipe:
+    """Read a recipe. Raises RequestError for an unknown pass, a wrong option, or kinds that do not join."""
+    if text.strip() == UNCHANGED:
+        return Recipe(name or UNCHANGED, ())
+    passes = _parse_passes(text)
+    kind = Kind.CHECKPOINT
+    for step_pass in passes:
+        if step_pass.accepts != kind:
+            raise RequestError(
+                f"recipe {text!r}: {step_pass.name} reads {step_pass.accepts}, but what is there is {kind}"
+            )
+        kind = step_pass.produces
+    return Recipe(name or text.strip(), tuple(passes))
+
+
+def parse_pass(text: str) -> Pass:
+    """Read one pass with its options, whatever kind it accepts. Raises RequestError as `parse` does."""
+    (only,) = _parse_passes(text)
+    return only
+
+
+def pass_text(step: Pass) -> str:
+    """One pass as text: its name and the options that are not at their defaults, in field order."""
+    options = ";".join(
+        f"{option.name}={_format(getattr(step, option.name))}"
+        for option in dataclasses.fields(step)
+        if getattr(step, option.name) != option.default
+    )
+    return f"{step.name}{{{options}}}" if options else step.name
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as text. `parse(recipe_text(r)).passes == r.passes`."""
+    return ",".join(pass_text(step) for step in recipe.passes) or UNCHANGED
+
+
+def _parse_passes(text: str) -> list[Pass]:
+    passes: list[Pass] = []
+    position = 0
+    while position < len(text) or not passes:
+        step = _STEP.match(text, position)
+        if step is None or (step.end() == len(text) and text.rstrip().endswith(",")):
+            raise RequestError(
+                f"recipe {text!r} cannot be read at {text[position:][:20]!r}",
+                hint="write pass{option=value;option=value},pass,... as in `export-onnx,quantize-onnx{mode=dynamic}`",
+            )
+        passes.append(_build(pass_class(step[1]), step[2]))
+        position = step.end()
+    return passes
+
+
+def _build(cls: type[Pass], options: str | None) -> Pass:
+    types = typing.get_type_hints(cls)
+    known = {option.name: types[option.name] for option in dataclasses.fields(cls)}
+    values = {}
+    for part in filter(None, (part.strip() for part in (options or "").split(";"))):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if not equals or name not in known or name in values:
+            reason = "is given twice" if name in values else "is not an option" if equals else "has no value"
+            listed = ", ".join(known) or "none"
+            raise RequestError(f"{cls.name}: {name!r} {reason}", hint=f"options of {cls.name}: {listed}")
+        values[name] = _convert(cls.name, name, value, known[name])
+    return cls(**values)
+
+
+def _convert(owner: str, name: str, text: str, kind: typing.Any) -> object:
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ("true", "false")
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise RequestError(f"{owner}: {name}={text!r} is not {wanted}") from None
+    if kind is str:
+        return text
+    if text not in choices:
+        raise RequestError(f"{owner}: {name}={text!r} is not one of {', '.join(choices)}")
+    return text == "true" if kind is bool else text
+
+
+def _format(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

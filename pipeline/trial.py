@@ -1,0 +1,96 @@
+"""Trying one artifact in a clean process: open it, run all text through it, judge what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optimize.pipeline.accuracy import Accuracy, compare_outputs, label_metric, why_rejected, why_unsteady
+from optimize.pipeline.batches import load_batches
+from optimize.pipeline.contract import Cell, Gates, Kind
+from optimize.pipeline.errors import WorkerError
+from optimize.pipeline.workers import WorkerProcess
+
+STEP_LIMIT = float(os.environ.get("OPTIMIZE_STEP_LIMIT", "1800"))  # seconds for one pass or one request
+TEXT, CELLS = "evaluation", "cells"  # the two .npz files of inputs
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A worker with an artifact open in it, and what opening took, in seconds."""
+
+    worker: WorkerProcess
+    load_seconds: float
+    first_seconds: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What every candidate of a run is tried with. `inputs` holds evaluation.npz and cells.npz."""
+
+    inputs: Path
+    scratch: Path  # where logs and outputs go
+    task: str
+    cores: int
+    workload: Sequence[Cell]
+    gates: Gates
+    pooling: str | None
+    top1: bool
+    labels: Sequence[int] | None
+    tick: Callable[[], None] = lambda: None
+
+    def open(self, name: str, kind: Kind, path: Path) -> Opened:
+        """Open an artifact in a new worker. Raises WorkerError, and leaves no process behind then."""
+        worker = WorkerProcess(self.scratch / "logs" / f"{name}.log")
+        try:
+            seconds = worker.ask(
+                "open", limit=STEP_LIMIT, progress=self.tick, kind=kind, path=str(path), task=self.task,
+                cores=self.cores, cells=str(self.inputs / f"{CELLS}.npz"),
+            )  # fmt: skip
+        except BaseException:
+            worker.close()
+            raise
+        return Opened(worker, seconds["load"], seconds["first"])
+
+    def outputs(self, worker: WorkerProcess, batches: str, out: Path) -> tuple[list[Any], float]:
+        """What is judged of every example in `batches`.npz, also written to `out`; and how far two runs of one batch
+        are apart.
+
+        Raises ValueError for outputs that are wrong by themselves (type, shape, NaN), WorkerError if it cannot run.
+        """
+        answer = worker.ask(
+            "evaluate", limit=STEP_LIMIT, progress=self.tick, task=self.task, pooling=self.pooling,
+            batches=str(self.inputs / f"{batches}.npz"), out=str(out),
+        )  # fmt: skip
+        if answer["problems"]:
+            raise ValueError(answer["problems"][0])
+        return load_batches(out), answer["repeat_error"]
+
+    def judge(self, worker: WorkerProcess, reference: Mapping[str, list[Any]]) -> tuple[Accuracy, str | None]:
+        """The accuracy of a worker's artifact against the reference's outputs, and why it is rejected, or None."""
+        out = self.scratch / f"outputs-{worker.pid}.npz"
+        try:
+            evaluated, repeat_error = self.outputs(worker, TEXT, out)
+            celled, _ = self.outputs(worker, CELLS, out)
+        finally:
+            out.unlink(missing_ok=True)
+        rows: dict[Cell, list[int]] = {}
+        position = len(evaluated)
+        for cell in self.workload:
+            rows[cell] = list(range(position, position + cell.batch))
+            position += cell.batch
+        expected = [*reference[TEXT], *reference[CELLS]]
+        accuracy = compare_outputs(expected, [*evaluated, *celled], top1=self.top1, cells=rows)
+        if self.labels is not None:
+            accuracy = dataclasses.replace(accuracy, metric=label_metric(reference[TEXT], evaluated, self.labels))
+        return accuracy, why_unsteady(repeat_error, expected) or why_rejected(accuracy, self.gates)
+
+
+def problem_text(error: WorkerError | ValueError) -> str:
+    """An error with the tail of its worker's log."""
+    tail = error.log_tail if isinstance(error, WorkerError) else ""
+    return f"{error}\n{tail}".rstrip()

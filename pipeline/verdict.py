@@ -1,0 +1,89 @@
+"""Accuracy and speed of each candidate against the gates, and which one is emitted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from optimize.pipeline.accuracy import Accuracy
+from optimize.pipeline.contract import Gates, Kind
+from optimize.pipeline.errors import ExitCode
+from optimize.pipeline.measure import Speed
+
+
+class Status(StrEnum):
+    """What became of a candidate. The first three never reach the speed gate."""
+
+    NOT_BUILT = "not built"
+    BROKEN = "broken"  # built, but it cannot be opened or run
+    INACCURATE = "inaccurate"
+    NOT_FASTER = "not faster"
+    INCONCLUSIVE = "inconclusive"
+    PASSED = "passed"
+
+
+@dataclass
+class StepReport:
+    """One step as it went in this run."""
+
+    text: str  # the pass with its options
+    key: str
+    cached: bool
+    seconds: float  # that building took, now or when it was cached
+    peak_memory: int  # bytes
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Candidate:
+    """One recipe with everything that was found out about it."""
+
+    name: str
+    recipe: str
+    kind: Kind
+    status: Status
+    reason: str | None = None  # why it lost, in words
+    steps: list[StepReport] = field(default_factory=list)
+    size: int | None = None  # bytes on disk
+    load_seconds: float | None = None
+    first_seconds: float | None = None  # the first call after loading
+    peak_memory: int | None = None  # bytes resident while it ran, at most
+    accuracy: Accuracy | None = None
+    speed: Speed | None = None
+
+    @property
+    def build_seconds(self) -> float:
+        """What building all its steps takes, whether or not they were cached."""
+        return sum(step.seconds for step in self.steps)
+
+
+def judge_speed(speed: Speed, gates: Gates) -> tuple[Status, str | None]:
+    """Whether an accurate candidate is faster than the gate demands, by its interval and not by its estimate."""
+    interval, gate = speed.overall, gates.min_speedup
+    if interval.low > gate:
+        return Status.PASSED, None
+    if interval.high < gate:
+        return Status.NOT_FASTER, f"speedup {interval} is below the gate of {gate:g}"
+    return Status.INCONCLUSIVE, f"speedup {interval} may be on either side of the gate of {gate:g}"
+
+
+def choose(candidates: Sequence[Candidate]) -> tuple[Candidate | None, ExitCode]:
+    """The candidate to emit: among those that passed, the one whose speedup is best at the interval's lower end.
+
+    Without one, the exit code names the stage that the best of them reached.
+    """
+    passed = [each for each in candidates if each.status == Status.PASSED and each.speed is not None]
+    if passed:
+        return max(passed, key=lambda each: each.speed.overall.low if each.speed else 0.0), ExitCode.EMITTED
+    reached = {each.status for each in candidates}
+    for status, code in (
+        (Status.INCONCLUSIVE, ExitCode.INCONCLUSIVE),
+        (Status.NOT_FASTER, ExitCode.NOT_FASTER),
+        (Status.INACCURATE, ExitCode.NOT_ACCURATE),
+        (Status.BROKEN, ExitCode.NOT_ACCURATE),
+    ):
+        if status in reached:
+            return None, code
+    return None, ExitCode.NOT_BUILT

@@ -1,0 +1,119 @@
+"""`optimize verify`: an emitted folder's digests, then the gates again, here, in a clean process."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from optimize.pipeline.accuracy import Accuracy
+from optimize.pipeline.batches import load_batches
+from optimize.pipeline.contract import Kind, Target
+from optimize.pipeline.driver import find_target
+from optimize.pipeline.emit import EVIDENCE
+from optimize.pipeline.errors import ArtifactError, ExitCode, OptimizeError, WorkerError
+from optimize.pipeline.manifest import FILE, Manifest, Source, read_manifest
+from optimize.pipeline.measure import Speed, compare
+from optimize.pipeline.store import compare_digests, digest_files, sha256_of
+from optimize.pipeline.trial import CELLS, TEXT, Trial, problem_text
+from optimize.pipeline.verdict import Status, judge_speed
+
+SPEED_CODES = {
+    Status.PASSED: ExitCode.EMITTED,
+    Status.NOT_FASTER: ExitCode.NOT_FASTER,
+    Status.INCONCLUSIVE: ExitCode.INCONCLUSIVE,
+}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found. On another host than it was emitted on, speed is reported and does not decide."""
+
+    exit_code: int
+    files: int
+    host: Target
+    same_host: bool
+    accuracy: Accuracy
+    rejected: str | None
+    speed: Speed | None
+    remark: str | None  # on speed: why it was not measured, or what was found
+
+    def describe(self) -> str:
+        """As lines for a terminal."""
+        drop = self.accuracy.drop
+        lines = [
+            f"digests   {self.files} files, all as emitted",
+            f"accuracy  cosine {1 - drop.value:.5f} (worst {1 - self.accuracy.worst_drop:.4f}) on "
+            f"{self.accuracy.examples} examples: {self.rejected or 'passes the gate'}",
+            f"speed     {self.speed.overall if self.speed else 'not measured'}"
+            + (f": {self.remark}" if self.remark else ""),
+        ]
+        if not self.same_host:
+            lines.append(
+                f"host      {self.host.device}: another one than it was emitted on; speed does not decide here"
+            )
+        return "\n".join([*lines, "verified" if self.exit_code == 0 else f"not verified (exit code {self.exit_code})"])
+
+
+def verify_folder(folder: Path, budget: float) -> Verification:
+    """Check `folder`; measure for `budget` seconds if the checkpoint that it came from is at hand.
+
+    Raises ArtifactError for a folder that is damaged or not an emitted one, OptimizeError if it does not run here.
+    """
+    manifest = read_manifest(folder)
+    found = {name: digest for name, digest in digest_files(folder).items() if name != FILE}
+    difference = compare_digests(manifest.files, found)
+    if difference is not None:
+        raise ArtifactError(f"{folder}: {difference}", hint="emit it again, or copy it again from where it is whole")
+    report = manifest.report
+    host, _ = find_target(report.host.target.name)
+    same_host = (host.device, host.features, host.cores) == (
+        report.host.target.device, report.host.target.features, report.host.target.cores,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="optimize-verify-") as scratch:
+        evidence, evaluation = folder / EVIDENCE, report.evaluation
+        trial = Trial(
+            evidence, Path(scratch), report.checkpoint.task, host.cores, report.workload, report.gates,
+            evaluation.pooling, evaluation.top1, evaluation.labels,
+        )  # fmt: skip
+        reference = {name: load_batches(evidence / f"reference.{name}.npz") for name in (TEXT, CELLS)}
+        try:
+            with trial.open("artifact", manifest.kind, folder).worker as worker:
+                accuracy, rejected = trial.judge(worker, reference)
+                worker.pause()
+                speed, remark = None, None
+                if rejected is None:
+                    speed, remark = _speed(trial, manifest, worker, budget)
+        except WorkerError as error:
+            raise OptimizeError(f"{folder} does not run on this host: {problem_text(error)}") from error
+    code = ExitCode.NOT_ACCURATE if rejected else ExitCode.EMITTED
+    if speed is not None and same_host:
+        status, remark = judge_speed(speed, report.gates)
+        code = SPEED_CODES[status]
+    return Verification(code, len(found), host, same_host, accuracy, rejected, speed, remark)
+
+
+def _speed(trial: Trial, manifest: Manifest, worker: object, budget: float) -> tuple[Speed | None, str | None]:
+    checkpoint = find_checkpoint(manifest.report.checkpoint)
+    if checkpoint is None:
+        return None, f"the checkpoint {manifest.report.checkpoint.model_id} is not on this host"
+    with trial.open("baseline", Kind.CHECKPOINT, checkpoint).worker as baseline:
+        baseline.pause()
+        speed, _ = compare(baseline, worker, trial.workload, budget)  # type: ignore[arg-type]
+    return speed, None
+
+
+def find_checkpoint(source: Source) -> Path | None:
+    """The folder of the checkpoint that was lowered, if it is on this host and has the same bytes."""
+    folder = Path(source.folder)
+    if not folder.is_dir() and source.revision is not None:
+        hub = importlib.import_module("optimize.models.hub")
+        try:
+            folder = hub.fetch(source.model_id, source.revision).folder
+        except OptimizeError:
+            return None
+    same = all(
+        (folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in source.files.items()
+    )
+    return folder if same and folder.is_dir() else None

@@ -1,0 +1,195 @@
+"""A worker process: `python -m optimize.pipeline.worker`. It builds, opens, evaluates and times; it decides nothing.
+
+Requests are JSON lines on standard input, answers JSON lines on file descriptor `OPTIMIZE_ANSWERS`; standard output
+and error are the log. Whatever crashes, hangs or is killed here costs the caller one step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from optimize.pipeline.contract import Artifact, Context, Kind, Session, Target
+
+PR_SET_PDEATHSIG = 1
+
+
+class Worker:
+    """The operations, by name. Paths travel as text; arrays travel as .npz files."""
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+        self._cells: list[dict[str, Any]] = []
+
+    def prepare(
+        self, folder: str, evaluation: list[Any], calibration: list[Any], cells: list[Any], max_length: int, out: str
+    ) -> dict[str, Any]:
+        """Encode text with the checkpoint's tokenizer into evaluation.npz, calibration.npz and cells.npz."""
+        from optimize.models import examples
+        from optimize.pipeline.batches import save_batches
+
+        source, target = Path(folder), Path(out)
+        batches = examples.encode(source, evaluation, max_length, examples.BATCH_SIZES)
+        save_batches(target / "evaluation.npz", batches)
+        if calibration:
+            save_batches(target / "calibration.npz", examples.encode(source, calibration, max_length, (1,)))
+        save_batches(target / "cells.npz", examples.encode_cells(source, evaluation, cells))
+        return {"batches": len(batches), "tokens": int(sum(batch["attention_mask"].sum() for batch in batches))}
+
+    def build(
+        self,
+        step: str,
+        source: Mapping[str, str],
+        task: str,
+        target: Mapping[str, Any],
+        calibration: str | None,
+        out: str,
+    ) -> dict[str, Any]:
+        """Run one pass, given as text, on `source` (an Artifact's fields) and check what it promised."""
+        from optimize.pipeline.recipe import parse_pass
+
+        instance = parse_pass(step)
+        artifact = Artifact(Kind(source["kind"]), Path(source["path"]), source["key"], source["digest"])
+        context = Context(task, Target(**target), Path(calibration) if calibration else None)
+        _reset_peak_memory()
+        start = time.perf_counter()
+        facts = instance.run(artifact, context, Path(out))
+        instance.ensures(Path(out))
+        return {"seconds": time.perf_counter() - start, "peak_memory": peak_memory(), "facts": facts}
+
+    def open(self, kind: str, path: str, task: str, cores: int, cells: str) -> dict[str, float]:
+        """Open an artifact and run the first cell once: what each of the two took, in seconds."""
+        from optimize.pipeline.batches import load_batches
+        from optimize.targets.runtimes import open_session
+
+        self._cells = load_batches(Path(cells))
+        _reset_peak_memory()
+        start = time.perf_counter()
+        self._session = open_session(Kind(kind), Path(path), task, cores)
+        loaded = time.perf_counter()
+        self._cells = [{name: cell[name] for name in self._session.inputs if name in cell} for cell in self._cells]
+        self._session.run(self._cells[0])
+        first = time.perf_counter()
+        return {"load": loaded - start, "first": first - loaded}
+
+    def evaluate(self, task: str, pooling: str | None, batches: str, out: str) -> dict[str, Any]:
+        """Run every batch of an .npz and write what is judged of each example to another, with peculiarities."""
+        import numpy as np
+
+        from optimize.models.tasks import TASKS, judged_outputs
+        from optimize.pipeline.batches import load_batches, save_batches
+
+        assert self._session is not None
+        loaded = load_batches(Path(batches))
+        examples: list[dict[str, Any]] = []
+        problems: list[str] = []
+        for batch in loaded:
+            outputs = self._run(batch)
+            problems += _problems(outputs, batch)
+            missing = sorted(TASKS[task].outputs.keys() - outputs.keys())
+            if missing or problems:
+                return {"problems": problems or [f"output {', '.join(missing)} is missing"], "repeat_error": 0.0}
+            examples += judged_outputs(TASKS[task], outputs, batch["attention_mask"], pooling)
+        save_batches(Path(out), examples)
+        first, again = self._run(loaded[0]), self._run(loaded[0])
+        repeat = max(float(np.abs(first[name] - again[name]).max(initial=0)) for name in TASKS[task].outputs)
+        return {"problems": [], "repeat_error": repeat}
+
+    def time(self, cell: int, seconds: float, least: int) -> list[float]:
+        """Seconds of each call of one cell: one call to warm up, then calls for `seconds`, at least `least`."""
+        assert self._session is not None
+        batch, run, clock = self._cells[cell], self._session.run, time.perf_counter
+        run(batch)
+        samples: list[float] = []
+        gc.disable()
+        try:
+            end = clock() + seconds
+            while len(samples) < least or clock() < end:
+                start = clock()
+                outputs = run(batch)
+                samples.append(clock() - start)
+                del outputs
+        finally:
+            gc.enable()
+        return samples
+
+    def memory(self) -> int:
+        """Bytes resident in this process, at most since the session was opened."""
+        return peak_memory()
+
+    def _run(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._session is not None
+        return self._session.run({name: batch[name] for name in self._session.inputs if name in batch})
+
+
+def _problems(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> list[str]:
+    """What is wrong with one batch's outputs by themselves: type, leading axes, values that are not finite."""
+    import numpy as np
+
+    found = []
+    rows, tokens = batch["input_ids"].shape
+    for name, array in outputs.items():
+        if array.dtype != np.float32:
+            found.append(f"{name} is {array.dtype}, not float32")
+        elif array.shape[0] != rows or (array.ndim > 2 and array.shape[1] != tokens):
+            found.append(f"{name} has shape {list(array.shape)} for inputs of {[rows, tokens]}")
+        elif not np.isfinite(array).all():
+            found.append(f"{name} has {int((~np.isfinite(array)).sum())} values that are NaN or infinite")
+    return found
+
+
+def peak_memory() -> int:
+    """Bytes of this process in memory, at most since the last reset."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def _reset_peak_memory() -> None:
+    with suppress(OSError):  # not Linux, or not permitted: the peak is then that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def serve(requests: Any, answers: Any, operations: Worker) -> None:
+    """Answer requests until the input ends."""
+    for line in requests:
+        request = json.loads(line)
+        try:
+            operation: Callable[..., Any] = getattr(operations, request["operation"])
+            answer = {"result": operation(**request["arguments"])}
+        except Exception as error:
+            traceback.print_exc()
+            hint = getattr(error, "hint", None)
+            answer = {"error": f"{type(error).__name__}: {error}", "hint": hint, "type": type(error).__name__}
+        sys.stdout.flush()
+        sys.stderr.flush()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def main() -> None:
+    """Die with the parent; keep the answers apart from whatever libraries print."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(os.environ.pop("OPTIMIZE_PARENT")):
+            sys.exit("the parent died before the worker began")
+    with os.fdopen(int(os.environ.pop("OPTIMIZE_ANSWERS")), "w") as answers:
+        serve(sys.stdin, answers, Worker())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Worker processes seen from the parent: start, ask with a time limit, pause, resume, kill.
+
+A worker is a session leader of its own, so that killing it takes its compilers along and Ctrl-C reaches only the
+parent, which then kills its workers in order. If the parent itself is killed, the kernel kills the worker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from optimize.pipeline.errors import OptimizeError, WorkerError
+
+LOG_TAIL = 12  # lines shown of a failed worker's log
+POLL_SECONDS = 0.2
+
+
+class WorkerProcess:
+    """One child process with its log. Use as a context manager: leaving it ends the process."""
+
+    def __init__(self, log: Path, *, toolchain: str = "default") -> None:
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        read_end, write_end = os.pipe()
+        environment = os.environ | {
+            "OPTIMIZE_ANSWERS": str(write_end),
+            "OPTIMIZE_PARENT": str(os.getpid()),
+            "HF_HUB_OFFLINE": "1",  # what a worker needs was fetched before
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+        }
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [python_of(toolchain), "-m", "optimize.pipeline.worker"],
+                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, pass_fds=(write_end,),
+                env=environment, start_new_session=True,
+            )  # fmt: skip
+        os.close(write_end)
+        os.set_blocking(read_end, False)
+        self._answers = read_end
+        self._received = b""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(
+        self, operation: str, *, limit: float, progress: Callable[[], None] = lambda: None, **arguments: Any
+    ) -> Any:
+        """The operation's result. Calls `progress` a few times a second while waiting.
+
+        Raises WorkerError when the worker answers with an error, dies, or takes longer than `limit` seconds; after
+        the latter two it is gone.
+        """
+        assert self._process.stdin is not None
+        request = json.dumps({"operation": operation, "arguments": arguments})
+        try:
+            self._process.stdin.write(request.encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._death(operation) from None
+        deadline = time.monotonic() + limit
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._answers, selectors.EVENT_READ)
+            while b"\n" not in self._received:
+                if time.monotonic() > deadline:
+                    self.kill()
+                    raise WorkerError(
+                        f"{operation} took longer than its limit of {limit:.0f} s and was stopped",
+                        kind="timeout", log_tail=self.log_tail(),
+                    )  # fmt: skip
+                progress()
+                if selector.select(POLL_SECONDS):
+                    data = os.read(self._answers, 1 << 16)
+                    if not data:
+                        raise self._death(operation)
+                    self._received += data
+        line, self._received = self._received.split(b"\n", 1)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"], hint=answer["hint"], kind=answer["type"], log_tail=self.log_tail())
+        return answer["result"]
+
+    def pause(self) -> None:
+        """Stop the process, so that its spinning threads do not tax what is being timed."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it run on."""
+        self._signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End the process and everything it started."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def log_tail(self) -> str:
+        """The last lines of the log."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return "\n".join(lines[-LOG_TAIL:])
+
+    def __enter__(self) -> WorkerProcess:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process, whatever it is doing, and let go of its pipes."""
+        self.kill()
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        os.close(self._answers)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # it has ended
+            os.killpg(self._process.pid, number)
+
+    def _death(self, operation: str) -> WorkerError:
+        try:
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            code = None
+        self.kill()
+        if code is not None and code < 0:
+            reason = f"was killed by {signal.Signals(-code).name}"
+            if code == -signal.SIGKILL:
+                reason += " (the kernel does this when memory runs out)"
+        else:
+            reason = f"ended with exit code {code}"
+        return WorkerError(f"the worker {reason} during {operation}", kind="died", log_tail=self.log_tail())
+
+
+def python_of(toolchain: str) -> str:
+    """The interpreter of a toolchain. Only the default one, this interpreter, exists so far."""
+    if toolchain != "default":
+        raise OptimizeError(f"toolchain {toolchain!r} is not known")
+    return sys.executable
+
+
+@contextmanager
+def running(worker: WorkerProcess) -> Iterator[WorkerProcess]:
+    """Let a paused worker run for the length of the block."""
+    worker.resume()
+    try:
+        yield worker
+    finally:
+        worker.pause()

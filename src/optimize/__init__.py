@@ -1,0 +1,45 @@
+"""A compiler driver for Hugging Face checkpoints: emits only what it has proved right and faster.
+
+`compile` is the command line as a function; `load` opens an emitted folder. Importing this imports no ML framework.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optimize.pipeline.manifest import Report
+    from optimize.targets.runtimes.loaded import LoadedModel
+
+__all__ = ["compile", "load"]
+
+
+def load(folder: str | Path) -> LoadedModel:
+    """Open an emitted folder: a callable that takes what the tokenizer gives and returns the model's own outputs.
+
+    It drops into `transformers.pipeline(task, model=optimize.load(folder), tokenizer=folder)`. Raises
+    optimize.pipeline.errors.ArtifactError for a folder that is damaged or was not emitted by optimize.
+    """
+    from optimize.targets.runtimes.loaded import load as load_folder
+
+    return load_folder(Path(folder))
+
+
+def compile(model: str, *, json: str | Path | None = None, **options: Any) -> Report:
+    """`optimize MODEL` as a function: options are those of the command line, with underscores.
+
+    `recipes` is a sequence of recipe texts; `out` and `cache` are paths. Returns the report, whose `exit_code` is the
+    command's; raises optimize.pipeline.errors.RequestError for what cannot be planned.
+    """
+    from optimize.pipeline.driver import Request
+    from optimize.pipeline.manifest import to_json
+    from optimize.pipeline.progress import Progress
+
+    for name in ("out", "cache"):
+        if options.get(name) is not None:
+            options[name] = Path(options[name])
+    report = Request(model, **options).plan().run(Progress())
+    if json is not None:
+        Path(json).write_text(to_json(report))
+    return report

@@ -1,0 +1,29 @@
+"""AOTInductor packages, loaded by torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimize.pipeline.contract import Array, Batch
+from optimize.targets.runtimes.eager import to_numpy
+
+
+class AotiSession:
+    """A compiled package. Its inputs' names lie in the package's metadata."""
+
+    def __init__(self, package: Any) -> None:
+        self._package = package
+        self.inputs = tuple(package.get_metadata()["inputs"].split(","))
+
+    def run(self, batch: Batch) -> dict[str, Array]:
+        with torch.inference_mode():
+            outputs = self._package(**{name: torch.from_numpy(batch[name]) for name in self.inputs})
+        return {name: to_numpy(value) for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
+def open_session(path: Path, task: str, cores: int) -> AotiSession:
+    torch.set_num_threads(cores)
+    return AotiSession(torch._inductor.aoti_load_package(str(path / "model.pt2")))

@@ -1,0 +1,104 @@
+"""`optimize.load`: an emitted folder as a callable with the manners of a transformers model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import modeling_outputs
+
+from optimize.models.tasks import TASKS
+from optimize.pipeline.errors import ArtifactError
+from optimize.pipeline.manifest import Manifest, read_manifest
+from optimize.pipeline.store import compare_digests, sha256_of
+from optimize.targets.runtimes import open_session
+
+
+class LoadedModel:
+    """Takes what the tokenizer gives ([batch, sequence] tensors or arrays), returns outputs by the model's own names.
+
+    It has what `transformers.pipeline` asks of a model: config, device, dtype, forward, can_generate, eval, to.
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = "model"
+    framework = "pt"
+    _is_stateful = False
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        checkpoint = manifest.report.checkpoint
+        self.manifest = manifest
+        self.config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.generation_config = None
+        self._session = open_session(manifest.kind, folder, checkpoint.task, manifest.report.host.target.cores)
+        self._output_class = getattr(modeling_outputs, TASKS[checkpoint.task].output_class)
+        fields = inspect.signature(self._output_class).parameters
+        self._fields = frozenset(fields)
+
+    def __call__(self, input_ids: Any = None, **inputs: Any) -> Any:
+        """One forward pass. Raises ValueError for an input that the model needs and did not get.
+
+        Inputs that the artifact does not have are ignored, as long as they are None or flags (return_dict and the
+        like). token_type_ids and attention_mask have the defaults that the eager model gives them.
+        """
+        given = {"input_ids": input_ids} | inputs
+        batch = {name: _array(given[name]) for name in self._session.inputs if given.get(name) is not None}
+        if "input_ids" not in batch:
+            raise ValueError(f"input_ids is missing; the artifact takes {', '.join(self._session.inputs)}")
+        for name, default in (("attention_mask", np.ones_like), ("token_type_ids", np.zeros_like)):
+            if name in self._session.inputs and name not in batch:
+                batch[name] = default(batch["input_ids"])
+        self._check(batch)
+        outputs = self._session.run(batch)
+        return self._output_class(
+            **{name: torch.from_numpy(array) for name, array in outputs.items() if name in self._fields}
+        )
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None) -> Any:
+        """The same, with the arguments spelt out: `transformers.pipeline` reads this signature."""
+        return self(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+
+    def can_generate(self) -> bool:
+        """No: these artifacts are encoders."""
+        return False
+
+    def eval(self) -> LoadedModel:
+        """Nothing to switch: there is no training mode."""
+        return self
+
+    def to(self, device: Any = None, *args: Any, **options: Any) -> LoadedModel:
+        """Stay. Raises ValueError for another device than the CPU."""
+        if isinstance(device, (str, torch.device)) and torch.device(device).type != "cpu":
+            raise ValueError(f"this artifact was emitted for the CPU and cannot move to {device}")
+        return self
+
+    def _check(self, batch: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        shape = batch["input_ids"].shape
+        for name, array in batch.items():
+            if array.ndim != 2 or array.shape != shape:
+                raise ValueError(
+                    f"{name} has shape {list(array.shape)}, input_ids {list(shape)}: both [batch, sequence]"
+                )
+
+
+def load(folder: Path) -> LoadedModel:
+    """Open an emitted folder after checking every file that is used. Raises ArtifactError if one is damaged."""
+    manifest = read_manifest(folder)
+    used = {name: digest for name, digest in manifest.files.items() if not name.startswith("evidence/")}
+    found = {name: sha256_of(folder / name) for name in used if (folder / name).is_file()}
+    difference = compare_digests(used, found)
+    if difference is not None:
+        raise ArtifactError(f"{folder}: {difference}", hint="emit it again, or copy it again from where it is whole")
+    return LoadedModel(folder, manifest)
+
+
+def _array(value: Any) -> np.ndarray[Any, Any]:
+    array = value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    return np.ascontiguousarray(array, dtype=np.int64)
