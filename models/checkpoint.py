@@ -45,7 +45,7 @@ def resolve(model: str, task: str | None = None, *, memory: int | None = None) -
     weights = inspect_weights(folder)
     check_fits(weights, memory)
     return Checkpoint(
-        model_id=model,
+        model_id=model if revision else folder.resolve().name,
         folder=folder.resolve() if revision is None else folder,
         revision=revision,
         task=task or infer_task(folder, architecture),

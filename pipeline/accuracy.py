@@ -94,22 +94,23 @@ def label_metric(reference: Sequence[Example], candidate: Sequence[Example], lab
 def why_rejected(accuracy: Accuracy, gates: Gates) -> str | None:
     """Why a candidate is not accurate enough, or None. Each rule is explained in docs/measuring.md."""
     allowed, tail = gates.max_drop, TAIL * gates.max_drop
-    if not accuracy.drop.high <= allowed:
+    reach = math.sqrt(2 * tail)  # what an angle of that drop amounts to; unlike a cosine, it also sees a wrong scale
+    metric = accuracy.metric
+    lost = metric.reference - metric.candidate if metric is not None else 0.0
+    differ = 0.0 if accuracy.top1 is None else 1 - accuracy.top1
+    if _above(accuracy.drop.high, allowed):
         return f"drop {accuracy.drop.value:.2g} (at most {accuracy.drop.high:.2g}) is above the gate of {allowed:g}"
-    if not accuracy.worst_drop <= tail:
+    if _above(accuracy.worst_drop, tail):
         return f"one example drops by {accuracy.worst_drop:.2g}, more than {TAIL} times the gate of {allowed:g}"
-    if not accuracy.relative_error <= math.sqrt(
-        2 * tail
-    ):  # what an angle of that drop amounts to: sees wrong scales too
-        return f"one example's relative error is {accuracy.relative_error:.2g}, above {math.sqrt(2 * tail):.2g}"
+    if _above(accuracy.relative_error, reach):
+        return f"one example's relative error is {accuracy.relative_error:.2g}, above {reach:.2g}"
     for cell, drop in accuracy.cells.items():
-        if not drop <= tail:
+        if _above(drop, tail):
             return f"cell {cell} drops by {drop:.2g}, more than {TAIL} times the gate of {allowed:g}"
-    if accuracy.top1 is not None and 1 - accuracy.top1 > max(tail, 1.5 / accuracy.examples):
-        return f"{1 - accuracy.top1:.1%} of the answers differ, more than {TAIL} times the gate of {allowed:g}"
-    if accuracy.metric is not None and accuracy.metric.reference - accuracy.metric.candidate > allowed:
-        lost = accuracy.metric.reference - accuracy.metric.candidate
-        return f"{accuracy.metric.name} drops by {lost:.4f}, above the gate of {allowed:g}"
+    if _above(differ, max(tail, 1.5 / accuracy.examples)):  # one answer may differ: it may be a tie
+        return f"{differ:.1%} of the answers differ, more than {TAIL} times the gate of {allowed:g}"
+    if metric is not None and _above(lost, allowed):
+        return f"{metric.name} drops by {lost:.4f}, above the gate of {allowed:g}"
     return None
 
 
@@ -119,6 +120,11 @@ def why_unsteady(repeat_error: float, reference: Sequence[Example]) -> str | Non
     if repeat_error <= REPEAT_TOLERANCE * scale:
         return None
     return f"two runs of one batch differ by {repeat_error:.2g} (outputs reach {scale:.2g})"
+
+
+def _above(value: float, limit: float) -> bool:
+    """Whether `value` exceeds `limit` by more than rounding; NaN does."""
+    return not value <= limit * (1 + 1e-9)
 
 
 def _cosine(found: NDArray[Any], expected: NDArray[Any]) -> float:

@@ -31,7 +31,7 @@ class Kind(StrEnum):
 class Checkpoint:
     """A model id or local folder, resolved to a pinned revision and a list of files with digests."""
 
-    model_id: str  # as the user gave it, without the revision
+    model_id: str  # of the hub, without the revision; or a local folder's name
     folder: Path
     revision: str | None  # the hub's commit; None for a local folder
     task: str

@@ -6,6 +6,7 @@ validates it. A field that is added is a new minor SCHEMA_VERSION; one that chan
 
 from __future__ import annotations
 
+import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def to_json(value: Report | Manifest) -> str:
-    """As indented JSON. Infinite interval ends are written as null."""
+    """As indented JSON."""
     return adapter(type(value)).dump_json(value, indent=1).decode() + "\n"
 
 
@@ -135,18 +136,22 @@ def read_manifest(folder: Path) -> Manifest:
 
     path = folder / FILE
     try:
-        manifest: Manifest = adapter(Manifest).validate_json(path.read_bytes())
-    except FileNotFoundError:
+        text = path.read_text(encoding="utf-8")
+        found = str(json.loads(text)["schema_version"])
+        if found.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+            raise ArtifactError(
+                f"{path} has schema version {found}, this optimize reads {SCHEMA_VERSION}",
+                hint="use the optimize that is named in its report.host.packages",
+            )
+        manifest: Manifest = adapter(Manifest).validate_json(text)
+    except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError(f"{folder} has no {FILE}: it was not emitted by optimize") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ArtifactError(f"{path} is not a valid manifest: {where}: {first['msg']}") from None
-    if manifest.schema_version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
-        raise ArtifactError(
-            f"{path} has schema version {manifest.schema_version}, this optimize reads {SCHEMA_VERSION}",
-            hint="use the optimize that is named in its report.host.packages",
-        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is not a valid manifest: {type(error).__name__}: {error}") from None
     return manifest
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -192,7 +192,7 @@ def step_key(source_key: str, step: Pass, task: str, target: Target, calibration
             "source": source_key,
             "pass": step.name,
             "version": step.version,
-            "options": pass_text(step),
+            "options": {option.name: getattr(step, option.name) for option in fields(step)},
             "tools": {tool: installed_version(tool) for tool in step.tools},
             "target": {fact: getattr(target, fact) for fact in step.target_facts},
             "task": task,

@@ -22,21 +22,30 @@ _STEP = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
 
 def pass_names() -> tuple[str, ...]:
     """Every pass's name: the files of passes/, and what installed distributions offer as `optimize.passes`."""
-    package = importlib.import_module("optimize.passes")
-    own = {module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__) if module.name[0] != "_"}
-    return tuple(sorted(own | {point.name for point in entry_points(group="optimize.passes")}))
+    return tuple(sorted(_own_names() | {point.name for point in entry_points(group="optimize.passes")}))
 
 
 def pass_class(name: str) -> type[Pass]:
-    """The pass called `name`. Raises RequestError for a name that is not among `pass_names()`."""
+    """The pass called `name`. Raises RequestError for a name that no pass has, or that two have."""
     if name not in pass_names():
         raise RequestError(f"unknown pass {name!r}", hint=f"passes: {', '.join(pass_names())} (see `optimize passes`)")
     for point in entry_points(group="optimize.passes", name=name):
-        return typing.cast(type[Pass], point.load())
+        offered = typing.cast(type[Pass], point.load())
+        if name in _own_names() or offered.name != name:
+            raise RequestError(
+                f"the entry point {name} = {point.value} offers a pass called {offered.name!r}",
+                hint="an entry point of optimize.passes has its pass's name, and one that no shipped pass has",
+            )
+        return offered
     module = importlib.import_module(f"optimize.passes.{name.replace('-', '_')}")
     found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Pass) and c is not Pass]
     (only,) = [c for c in found if c.__module__ == module.__name__]
     return only
+
+
+def _own_names() -> set[str]:
+    package = importlib.import_module("optimize.passes")
+    return {module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__) if module.name[0] != "_"}
 
 
 def parse(text: str, name: str | None = None) -> Recipe:
@@ -56,8 +65,10 @@ def parse(text: str, name: str | None = None) -> Recipe:
 
 def parse_pass(text: str) -> Pass:
     """Read one pass with its options, whatever kind it accepts. Raises RequestError as `parse` does."""
-    (only,) = _parse_passes(text)
-    return only
+    passes = _parse_passes(text)
+    if len(passes) != 1:
+        raise RequestError(f"{text!r} is {len(passes)} passes, not one")
+    return passes[0]
 
 
 def pass_text(step: Pass) -> str:
@@ -101,11 +112,13 @@ def _build(cls: type[Pass], options: str | None) -> Pass:
             listed = ", ".join(known) or "none"
             raise RequestError(f"{cls.name}: {name!r} {reason}", hint=f"options of {cls.name}: {listed}")
         values[name] = _convert(cls.name, name, value, known[name])
+    for option in dataclasses.fields(cls):
+        if option.default is dataclasses.MISSING and option.name not in values:
+            raise RequestError(f"{cls.name}: the option {option.name} must be given")
     return cls(**values)
 
 
 def _convert(owner: str, name: str, text: str, kind: typing.Any) -> object:
-    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ("true", "false")
     if kind in (int, float):
         try:
             return kind(text)
@@ -114,9 +127,10 @@ def _convert(owner: str, name: str, text: str, kind: typing.Any) -> object:
             raise RequestError(f"{owner}: {name}={text!r} is not {wanted}") from None
     if kind is str:
         return text
+    choices = {_format(choice): choice for choice in ((True, False) if kind is bool else typing.get_args(kind))}
     if text not in choices:
         raise RequestError(f"{owner}: {name}={text!r} is not one of {', '.join(choices)}")
-    return text == "true" if kind is bool else text
+    return choices[text]
 
 
 def _format(value: object) -> str:

@@ -22,13 +22,13 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Student's t interval for the mean of independent values. One value alone has an infinite interval."""
+    """Student's t interval for the mean of independent values. Raises ValueError for fewer than two."""
     from scipy.stats import t
 
     count = len(values)
-    mean = math.fsum(values) / count
     if count < 2:
-        return Interval(mean, -math.inf, math.inf)
+        raise ValueError(f"{count} values have no interval")
+    mean = math.fsum(values) / count
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     margin = float(t.ppf((1 + confidence) / 2, count - 1)) * math.sqrt(variance / count)
     return Interval(mean, mean - margin, mean + margin)

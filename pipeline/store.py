@@ -95,10 +95,14 @@ class Store:
         """What is recorded of an artifact, without looking at its files."""
         folder = self._artifacts / key
         try:
-            return _entry(folder, key, json.loads((folder / "artifact.json").read_bytes()))
+            record = json.loads((folder / "artifact.json").read_bytes())
+            entry = _entry(folder, key, record)
+            if record["key"] != key:
+                return Damage(key, f"it is {record['key'][:10]} by its own record")
+            return entry
         except FileNotFoundError:
             return Damage(key, "artifact.json is missing")
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             return Damage(key, f"artifact.json cannot be read ({error})")
 
     @contextmanager

@@ -170,14 +170,13 @@ def serve(requests: Any, answers: Any, operations: Worker) -> None:
         request = json.loads(line)
         try:
             operation: Callable[..., Any] = getattr(operations, request["operation"])
-            answer = {"result": operation(**request["arguments"])}
+            answer = json.dumps({"result": operation(**request["arguments"])})
         except Exception as error:
             traceback.print_exc()
-            hint = getattr(error, "hint", None)
-            answer = {"error": f"{type(error).__name__}: {error}", "hint": hint, "type": type(error).__name__}
+            answer = json.dumps({"error": f"{type(error).__name__}: {error}", "hint": getattr(error, "hint", None)})
         sys.stdout.flush()
         sys.stderr.flush()
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(answer + "\n")
         answers.flush()
 
 
@@ -187,8 +186,10 @@ def main() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(os.environ.pop("OPTIMIZE_PARENT")):
             sys.exit("the parent died before the worker began")
-    with os.fdopen(int(os.environ.pop("OPTIMIZE_ANSWERS")), "w") as answers:
-        serve(sys.stdin, answers, Worker())
+    requests = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a compiler that reads its standard input must not wait for ever
+    with os.fdopen(requests) as lines, os.fdopen(int(os.environ.pop("OPTIMIZE_ANSWERS")), "w") as answers:
+        serve(lines, answers, Worker())
 
 
 if __name__ == "__main__":

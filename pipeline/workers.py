@@ -30,6 +30,7 @@ class WorkerProcess:
     def __init__(self, log: Path, *, toolchain: str = "default") -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
+        command = [python_of(toolchain), "-m", "optimize.pipeline.worker"]
         read_end, write_end = os.pipe()
         environment = os.environ | {
             "OPTIMIZE_ANSWERS": str(write_end),
@@ -38,13 +39,17 @@ class WorkerProcess:
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
         }
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [python_of(toolchain), "-m", "optimize.pipeline.worker"],
-                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, pass_fds=(write_end,),
-                env=environment, start_new_session=True,
-            )  # fmt: skip
-        os.close(write_end)
+        try:
+            with log.open("ab") as output:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, pass_fds=(write_end,),
+                    env=environment, start_new_session=True,
+                )  # fmt: skip
+        except OSError:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
         os.set_blocking(read_end, False)
         self._answers = read_end
         self._received = b""
@@ -83,15 +88,17 @@ class WorkerProcess:
                         kind="timeout", log_tail=self.log_tail(),
                     )  # fmt: skip
                 progress()
+                ended = not self.alive  # before the look at the pipe, which children of the dead may hold open
                 if selector.select(POLL_SECONDS):
                     data = os.read(self._answers, 1 << 16)
-                    if not data:
-                        raise self._death(operation)
+                    ended = not data
                     self._received += data
+                if ended and b"\n" not in self._received:
+                    raise self._death(operation)
         line, self._received = self._received.split(b"\n", 1)
         answer = json.loads(line)
         if "error" in answer:
-            raise WorkerError(answer["error"], hint=answer["hint"], kind=answer["type"], log_tail=self.log_tail())
+            raise WorkerError(answer["error"], hint=answer["hint"], log_tail=self.log_tail())
         return answer["result"]
 
     def pause(self) -> None:

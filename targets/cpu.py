@@ -25,7 +25,7 @@ RECIPES = {
     "openvino-bf16": "convert-openvino,hint-openvino",
     "openvino-int8-weights": "convert-openvino,quantize-openvino{mode=weights}",
     "openvino-int8": "convert-openvino,quantize-openvino",
-    "openvino-int8-bf16": "convert-openvino,quantize-openvino,hint-openvino",
+    "openvino-int8-keep": "convert-openvino,quantize-openvino{keep=1}",
 }
 
 

@@ -1,0 +1,206 @@
+"""optimize.json: the schema that it has, and what is said of a file that is not one."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from optimize.pipeline.accuracy import Accuracy, Metric
+from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Target
+from optimize.pipeline.errors import ArtifactError, ExitCode
+from optimize.pipeline.manifest import (
+    FILE,
+    SCHEMA_VERSION,
+    Baseline,
+    Evaluation,
+    Manifest,
+    Report,
+    host_of,
+    read_manifest,
+    schema,
+    source_of,
+    to_json,
+)
+from optimize.pipeline.measure import CellSpeed, Speed
+from optimize.pipeline.statistics import Interval
+from optimize.pipeline.verdict import Candidate, Status, StepReport
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "optimize.schema.json"
+
+
+@pytest.fixture
+def manifest(checkpoint: Checkpoint, target: Target) -> Manifest:
+    cells = (Cell(1, 32), Cell(8, 128))
+    drop, ratio = Interval(0.0002, 0.0001, 0.0003), Interval(2.1, 2.0, 2.2)
+    accuracy = Accuracy(
+        drop, 0.002, 0.03, 0.4, 0.99, {str(cell): 0.0003 for cell in cells}, 210,
+        Metric("accuracy", 0.91, 0.9095, Interval(0.0005, -0.001, 0.002)),
+    )  # fmt: skip
+    speed = Speed(ratio, tuple(CellSpeed(cell, ratio, 0.02, 0.01) for cell in cells), 12)
+    winner = Candidate(
+        "onnx-int8-dynamic", "export-onnx,quantize-onnx", Kind.ONNX, Status.PASSED, None,
+        [StepReport("export-onnx", "e" * 64, True, 12.5, 1 << 30, {"nodes": 300}),
+         StepReport("quantize-onnx", "f" * 64, False, 2.5, 1 << 29, {"quantized": 36, "eligible": 36})],
+        23_000_000, 0.2, 0.03, 1 << 28, accuracy, speed,
+    )  # fmt: skip
+    lost = Candidate("aoti", "compile-aoti", Kind.AOTI, Status.NOT_BUILT, "compile-aoti failed: no space")
+    report = Report(
+        SCHEMA_VERSION, "2026-01-02T03:04:05+00:00", ExitCode.EMITTED, source_of(checkpoint), host_of(target), cells,
+        Gates(), Evaluation("shipped text", "d" * 64, "mean", False, (0, 1, 1)), {"eager-bf16": "no bfloat16"},
+        (winner, lost), winner.name, {"build": 15.0}, Baseline(0.5, 0.1, 1 << 29),
+    )  # fmt: skip
+    return Manifest(SCHEMA_VERSION, Kind.ONNX, winner.recipe, {"model.onnx": "9" * 64}, accuracy, speed, report)
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[[object], Manifest]:
+    """Read a folder whose optimize.json holds this text, or this value as JSON."""
+
+    def of(content: object) -> Manifest:
+        (tmp_path / FILE).write_text(content if isinstance(content, str) else json.dumps(content))
+        return read_manifest(tmp_path)
+
+    return of
+
+
+@pytest.fixture
+def document(manifest: Manifest) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(to_json(manifest))
+    return content
+
+
+def paths(value: object, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to each field of each object in a document."""
+    found = []
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            found += [(*prefix, name), *paths(inner, (*prefix, name))]
+    elif isinstance(value, list) and value:
+        found += paths(value[0], (*prefix, 0))
+    return found
+
+
+def without(document: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
+    changed = copy.deepcopy(document)
+    inner: Any = changed
+    for name in path[:-1]:
+        inner = inner[name]
+    del inner[path[-1]]
+    return changed
+
+
+def test_what_is_written_is_read_back(manifest: Manifest, read: Callable[[object], Manifest]) -> None:
+    assert read(to_json(manifest)) == manifest
+
+
+def test_a_manifest_is_valid_by_its_schema(document: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator.check_schema(schema())
+    jsonschema.validate(document, schema(), jsonschema.Draft202012Validator)
+
+
+def test_schema_and_reader_refuse_the_same_missing_fields(
+    document: dict[str, Any], read: Callable[[object], Manifest]
+) -> None:
+    validator = jsonschema.Draft202012Validator(schema())
+    refused = set()
+    for path in paths(document):
+        broken = without(document, path)
+        valid = validator.is_valid(broken)
+        try:
+            read(broken)
+        except ArtifactError:
+            assert not valid, path
+            refused.add(path)
+        else:
+            assert valid, path
+    assert refused >= {
+        (field.name,) if kind is Manifest else ("report", field.name)
+        for kind in (Manifest, Report)
+        for field in dataclasses.fields(kind)
+    }
+    assert ("accuracy", "drop", "high") in refused
+    assert ("report", "host", "target", "features") in refused
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("kind", "gguf"), ("files", ["model.onnx"]), ("accuracy", None), ("speed", "fast"), ("recipe", 3)],
+)
+def test_schema_and_reader_refuse_a_wrong_type(
+    document: dict[str, Any], read: Callable[[object], Manifest], field: str, value: object
+) -> None:
+    broken = document | {field: value}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, schema())
+    with pytest.raises(ArtifactError, match=f"is not a valid manifest: {field}"):
+        read(broken)
+
+
+@pytest.mark.skipif(not DOCUMENT.exists(), reason="docs/optimize.schema.json is not generated yet")
+def test_the_documented_schema_is_the_real_one() -> None:
+    assert json.loads(DOCUMENT.read_text()) == schema()
+
+
+def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"has no optimize\.json: it was not emitted by optimize") as raised:
+        read_manifest(tmp_path)
+    assert raised.value.exit_code == ExitCode.REFUSED
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError):
+        read_manifest(tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", ["", "not json", '{"schema_version": "1.0"', "\x00\x01"])
+def test_what_is_not_json(read: Callable[[object], Manifest], content: str) -> None:
+    with pytest.raises(ArtifactError, match="is not a valid manifest: JSONDecodeError"):
+        read(content)
+
+
+@pytest.mark.parametrize("content", [[], {}, None, "text", 3])
+def test_json_of_another_thing(read: Callable[[object], Manifest], content: object) -> None:
+    with pytest.raises(ArtifactError, match="is not a valid manifest"):
+        read(json.dumps(content))
+
+
+def test_a_missing_field_is_named(document: dict[str, Any], read: Callable[[object], Manifest]) -> None:
+    with pytest.raises(ArtifactError, match=r"is not a valid manifest: report\.checkpoint\.files: Field required"):
+        read(without(document, ("report", "checkpoint", "files")))
+
+
+@pytest.mark.parametrize("version", ["0.9", "2.0", "10.0"])
+def test_another_major_version_is_refused(
+    document: dict[str, Any], read: Callable[[object], Manifest], version: str
+) -> None:
+    with pytest.raises(ArtifactError, match=f"has schema version {version}, this optimize reads 1") as raised:
+        read(document | {"schema_version": version})
+    assert raised.value.hint is not None
+
+
+def test_another_major_version_with_other_fields_is_refused_as_that(
+    document: dict[str, Any], read: Callable[[object], Manifest]
+) -> None:
+    with pytest.raises(ArtifactError, match=r"has schema version 2\.0"):
+        read(without(document, ("accuracy",)) | {"schema_version": "2.0", "proofs": []})
+
+
+def test_a_newer_minor_version_with_an_added_field_is_read(
+    document: dict[str, Any], manifest: Manifest, read: Callable[[object], Manifest]
+) -> None:
+    newer = document | {"schema_version": "1.9", "added": {"later": True}}
+    assert jsonschema.Draft202012Validator(schema()).is_valid(newer)
+    assert read(newer) == dataclasses.replace(manifest, schema_version="1.9")
+
+
+def test_a_report_names_what_it_ran_with(manifest: Manifest) -> None:
+    packages = manifest.report.host.packages
+    assert packages["optimize"]
+    assert packages.keys() >= {"torch", "transformers", "numpy"}
+    assert None not in packages.values()

@@ -1,0 +1,104 @@
+"""What raw samples amount to: the known ratio, whatever drifts and outliers lie on top of it."""
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+
+from optimize.pipeline.contract import Cell
+from optimize.pipeline.measure import Samples, summarize
+
+CELLS = (Cell(1, 32), Cell(8, 128))
+BASELINE = (0.010, 0.200)  # seconds of one call of each cell
+
+
+def samples(
+    speedups: tuple[float, ...],
+    *,
+    quads: int = 8,
+    calls: int = 5,
+    factor: Callable[[int, int, int], float] = lambda quad, block, call: 1.0,
+) -> Samples:
+    """Raw samples of an A B B A experiment, each call's time multiplied by `factor`."""
+    return [
+        [
+            [
+                [
+                    BASELINE[cell] / (speedup if block in (1, 2) else 1.0) * factor(quad, block, call)
+                    for call in range(calls)
+                ]
+                for cell, speedup in enumerate(speedups)
+            ]
+            for block in range(4)
+        ]
+        for quad in range(quads)
+    ]
+
+
+@pytest.mark.parametrize("speedup", [0.5, 1.0, 1.25, 8.0])
+def test_a_known_ratio_is_recovered_exactly(speedup: float) -> None:
+    speed = summarize(samples((speedup, speedup)), CELLS)
+    for interval in (speed.overall, *(cell.speedup for cell in speed.cells)):
+        assert (interval.low, interval.value, interval.high) == pytest.approx((speedup,) * 3)
+    assert speed.quads == 8
+
+
+@pytest.mark.parametrize(("speedup", "sign"), [(1.5, 1), (1 / 1.5, -1)])
+def test_a_faster_candidate_has_a_ratio_above_one(speedup: float, sign: int) -> None:
+    speed = summarize(samples((speedup, speedup)), CELLS)
+    assert sign * math.log(speed.overall.low) > 0
+    assert sign * (speed.cells[0].baseline_seconds - speed.cells[0].seconds) > 0
+
+
+def test_a_known_ratio_lies_in_the_interval_under_noise() -> None:
+    chance = random.Random(5)
+    raw = samples((1.3, 1.3), quads=20, factor=lambda quad, block, call: math.exp(chance.gauss(0, 0.05)))
+    overall = summarize(raw, CELLS).overall
+    assert overall.low < 1.3 < overall.high
+    assert overall.high / overall.low < 1.1
+
+
+@pytest.mark.parametrize("slope", [-0.4, 0.1, 1.0])
+def test_drift_that_is_linear_over_a_quad_cancels(slope: float) -> None:
+    raw = samples((2.0, 2.0), factor=lambda quad, block, call: math.exp(slope * block + 0.3 * quad))
+    overall = summarize(raw, CELLS).overall
+    assert (overall.low, overall.value, overall.high) == pytest.approx((2.0,) * 3)
+
+
+def test_drift_that_is_not_linear_does_not_cancel() -> None:
+    raw = samples((2.0, 2.0), factor=lambda quad, block, call: 3.0 if block == 3 else 1.0)
+    assert summarize(raw, CELLS).overall.value == pytest.approx(2.0 * math.sqrt(3.0))
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_an_outlier_within_a_block_does_not_matter(block: int) -> None:
+    raw = samples((1.5, 1.5), factor=lambda quad, where, call: 100.0 if (where, call) == (block, 2) else 1.0)
+    overall = summarize(raw, CELLS).overall
+    assert (overall.low, overall.value, overall.high) == pytest.approx((1.5,) * 3)
+
+
+def test_one_disturbed_quad_widens_the_interval() -> None:
+    raw = samples((1.5, 1.5), factor=lambda quad, block, call: 2.0 if quad == 3 and block == 1 else 1.0)
+    overall = summarize(raw, CELLS).overall
+    assert overall.low < 1.4 < overall.value < 1.5 < overall.high
+
+
+def test_overall_is_the_geometric_mean_of_the_cells() -> None:
+    speed = summarize(samples((1.0, 4.0)), CELLS)
+    assert [cell.speedup.value for cell in speed.cells] == pytest.approx([1.0, 4.0])
+    assert [cell.cell for cell in speed.cells] == list(CELLS)
+    assert speed.overall.value == pytest.approx(2.0)
+
+
+def test_a_cells_seconds_are_the_medians_of_all_its_calls() -> None:
+    raw = samples((2.0, 4.0), factor=lambda quad, block, call: (0.5, 1.0, 1.0, 1.0, 9.0)[call])
+    cells = summarize(raw, CELLS).cells
+    assert [cell.baseline_seconds for cell in cells] == pytest.approx(BASELINE)
+    assert [cell.seconds for cell in cells] == pytest.approx([0.005, 0.05])
+
+
+def test_blocks_may_have_unlike_numbers_of_calls() -> None:
+    raw = samples((2.0, 2.0))
+    raw[0][0][0] = raw[0][0][0][:1]
+    assert summarize(raw, CELLS).overall.value == pytest.approx(2.0)
