@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from optimize.models.hub import fetch
-from optimize.models.tasks import TASKS, infer_task
+from optimize.models.tasks import TASKS, infer_task, read_json
 from optimize.models.weights import Weights, inspect_weights
 from optimize.pipeline.contract import Checkpoint
 from optimize.pipeline.errors import CheckpointError
 from optimize.pipeline.store import sha256_of
 
+MAX_MODEL_LENGTH = 1024
 # what may enter an artifact beside the weights: configuration, tokenizer, licence; nothing that can be executed
 CARRIED = re.compile(r"[\w.-]+\.(json|txt|model|jinja)|LICENSE[\w.]*|\d_[A-Za-z]+/config\.json")
-POSITION_OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")  # positions start at padding + 1
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+# model types whose positions start at padding + 1
+POSITION_OFFSET = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet", "xmod",
+                   "longformer", "data2vec-text", "ibert", "luke", "esm")  # fmt: skip
 
 
 def resolve(model: str, task: str | None = None, *, memory: int | None = None) -> Checkpoint:
@@ -29,7 +33,9 @@ def resolve(model: str, task: str | None = None, *, memory: int | None = None) -
     """
     revision: str | None = None
     folder = Path(model).expanduser()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112 (Path.is_dir raises for names that are too long)
+        if len(model) > MAX_MODEL_LENGTH:
+            raise CheckpointError(f"{model[:40]}... is too long for a model id or a folder")
         if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
             what = "is a file, not a folder" if folder.exists() else "is not there"
             raise CheckpointError(
@@ -42,6 +48,13 @@ def resolve(model: str, task: str | None = None, *, memory: int | None = None) -
     architecture = _architecture(folder, config)
     if task is not None and task not in TASKS:
         raise CheckpointError(f"unknown task {task!r}", hint=f"tasks: {', '.join(TASKS)}")
+    if config.get("is_encoder_decoder") or "image_size" in config:
+        raise CheckpointError(f"{architecture} is no text encoder: this version lowers text encoders only")
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})",
+            hint="save it there: AutoTokenizer.from_pretrained(ID).save_pretrained(FOLDER)",
+        )
     weights = inspect_weights(folder)
     check_fits(weights, memory)
     return Checkpoint(
@@ -60,22 +73,26 @@ def resolve(model: str, task: str | None = None, *, memory: int | None = None) -
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint. Raises CheckpointError if it is missing, broken, or asks for remote code."""
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json", hint="give the folder that save_pretrained wrote")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    for file in (path, folder / "tokenizer_config.json"):
-        if file.is_file() and '"auto_map"' in file.read_text(encoding="utf-8"):
+    config = read_json(folder / "config.json")
+    for name, settings in (("config.json", config), ("tokenizer_config.json", _tokenizer_config(folder))):
+        if "auto_map" in settings:
             raise CheckpointError(
-                f"{file.name} has auto_map: the checkpoint brings code of its own, which is never executed",
+                f"{name} has auto_map: the checkpoint brings code of its own, which is never executed",
                 hint="use a checkpoint of an architecture that transformers itself has",
             )
+    if "transformers_weights" in config:
+        raise CheckpointError(
+            "config.json has transformers_weights: it would load other weights than those inspected",
+            hint="remove the key, if model.safetensors is what you mean",
+        )
     return config
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def id2label(folder: Path) -> dict[int, str]:
@@ -89,12 +106,15 @@ def id2label(folder: Path) -> dict[int, str]:
 
 def max_length(folder: Path, config: Mapping[str, Any]) -> int:
     """The longest sequence that both the model's positions and its tokenizer take, in tokens."""
-    positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 512)
-    if config.get("model_type") in POSITION_OFFSET:
-        positions -= int(config.get("pad_token_id") or 0) + 1
-    path = folder / "tokenizer_config.json"
-    limit = json.loads(path.read_text(encoding="utf-8")).get("model_max_length") if path.is_file() else None
-    return min(positions, int(limit)) if limit else positions
+    try:
+        positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 512)
+        if config.get("model_type") in POSITION_OFFSET:
+            padding = config.get("pad_token_id")
+            positions -= (1 if padding is None else int(padding)) + 1
+        limit = _tokenizer_config(folder).get("model_max_length")
+        return min(positions, int(limit)) if limit else positions
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: the longest sequence in its configuration is not a number: {error}") from None
 
 
 def carried_files(folder: Path) -> tuple[str, ...]:

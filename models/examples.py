@@ -67,7 +67,7 @@ def read_examples(data: str | None, task: Task, id2label: Mapping[int, str] | No
         if identity in seen:
             continue
         seen.add(identity)
-        kept.append((texts, _label(row[label], number, data, id2label or {}) if label else None))
+        kept.append((texts, _label(row.get(label), number, data, id2label or {}) if label else None))
     calibrating = {index for index in range(len(kept)) if index % 3 == 1}
     while len(calibrating) > MAX_CALIBRATION:
         calibrating.discard(max(calibrating))
@@ -130,7 +130,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _shipped(task: Task) -> list[Row]:
-    rows: list[Row] = [json.loads(line) for line in SHIPPED.read_text(encoding="utf-8").splitlines()]
+    rows: list[Row] = [json.loads(line) for line in SHIPPED.read_text(encoding="utf-8").strip().split("\n")]
     if task is TASKS["question-answering"]:
         questions = [row["text"] for row in rows if row["kind"] == "question"]
         return [
@@ -167,7 +167,7 @@ def _rows(data: str) -> list[Row]:
 
 def _jsonl(path: Path) -> list[Row]:
     rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -35,6 +35,7 @@ class Task:
 
 
 HIDDEN = {"last_hidden_state": (BATCH, SEQUENCE, FEATURES)}
+GENERATES = ("HeadModel", "HeadsModel")  # endings of language models' names, which are not encoders
 PER_TOKEN = {"logits": (BATCH, SEQUENCE, FEATURES)}
 
 TASKS = {
@@ -60,6 +61,17 @@ TASKS = {
 }  # fmt: skip
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint's file. Raises CheckpointError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return content
+
+
 def infer_task(folder: Path, architecture: str) -> str:
     """The task of a checkpoint from its files and architecture name. Raises CheckpointError when none fits.
 
@@ -68,7 +80,7 @@ def infer_task(folder: Path, architecture: str) -> str:
     if (folder / "modules.json").is_file():  # written by sentence-transformers
         return "sentence-similarity"
     for task in TASKS.values():
-        if architecture.endswith(task.architectures):
+        if architecture.endswith(task.architectures) and not architecture.endswith(GENERATES):
             return task.name
     raise CheckpointError(
         f"no task is known for architecture {architecture}",
@@ -84,7 +96,7 @@ def sentence_pooling(folder: Path) -> str:
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
         return "mean"
-    config: dict[str, Any] = json.loads(path.read_text())
+    config = read_json(path)
     modes = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
     known = {"mean_tokens": "mean", "cls_token": "cls"}
     mode = known.get(modes[0]) if len(modes) == 1 else config.get("pooling_mode")

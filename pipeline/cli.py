@@ -8,6 +8,8 @@ import logging
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,18 +52,14 @@ def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **opti
     from optimize.pipeline.progress import Lines, Live, NoteHandler
 
     console = _console()
-    try:
-        logging.getLogger("optimize").addHandler(NoteHandler(Lines(console)))
-        logging.getLogger("optimize").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    logging.getLogger("optimize").addHandler(NoteHandler(Lines(console)))
+    logging.getLogger("optimize").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    with _errors_to(json_file):
         planned = Request(**options).plan()
         if dry_run:
             console.print(planned.plan.describe(planned.store), markup=False, highlight=False, soft_wrap=True)
             return ExitCode.EMITTED
         report = planned.run(Live(console) if console.is_terminal and not verbose else Lines(console))
-    except OptimizeError as error:
-        if json_file is not None:
-            _write(json_file, json.dumps({"exit_code": error.exit_code, "error": str(error)}, indent=1) + "\n")
-        raise
     from optimize.pipeline.manifest import to_json
     from optimize.pipeline.report import print_report
 
@@ -80,7 +78,8 @@ def verify(folder: Path, budget: str, json_file: Path | None) -> int:
     from optimize.pipeline.driver import parse_budget
     from optimize.pipeline.verify import verify_folder
 
-    result = verify_folder(folder, parse_budget(budget))
+    with _errors_to(json_file):
+        result = verify_folder(folder, parse_budget(budget))
     _console().print(result.describe(), markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
         from optimize.pipeline.manifest import adapter
@@ -232,6 +231,18 @@ def _complain(message: str, hint: str | None, code: ExitCode) -> ExitCode:
     if hint is not None:
         click.echo(f"  {hint}", err=True)
     return code
+
+
+@contextmanager
+def _errors_to(json_file: Path | None) -> Iterator[None]:
+    """Write the error of a refusal to --json, too; that this fails must not hide the refusal."""
+    try:
+        yield
+    except OptimizeError as error:
+        if json_file is not None:
+            with suppress(OptimizeError):
+                _write(json_file, json.dumps({"exit_code": error.exit_code, "error": str(error)}, indent=1) + "\n")
+        raise
 
 
 def _write(path: Path, text: str) -> None:

