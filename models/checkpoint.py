@@ -114,7 +114,9 @@ def max_length(folder: Path, config: Mapping[str, Any]) -> int:
         limit = _tokenizer_config(folder).get("model_max_length")
         return min(positions, int(limit)) if limit else positions
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: the longest sequence in its configuration is not a number: {error}") from None
+        raise CheckpointError(
+            f"{folder}: max_position_embeddings or model_max_length is not a number: {error}"
+        ) from None
 
 
 def carried_files(folder: Path) -> tuple[str, ...]:

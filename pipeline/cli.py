@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -240,8 +240,10 @@ def _errors_to(json_file: Path | None) -> Iterator[None]:
         yield
     except OptimizeError as error:
         if json_file is not None:
-            with suppress(OptimizeError):
+            try:
                 _write(json_file, json.dumps({"exit_code": error.exit_code, "error": str(error)}, indent=1) + "\n")
+            except OptimizeError as unwritten:
+                click.echo(f"error: {unwritten.message}", err=True)
         raise
 
 

@@ -42,6 +42,7 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-bert")
     config = {"architectures": ["BertModel"], "model_type": "bert", "max_position_embeddings": 128}
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("[PAD]")
     weights = np.random.default_rng(1).normal(size=(16, 8)).astype(np.float32)
     save_file({"embeddings.word_embeddings.weight": weights}, folder / "model.safetensors")
     return folder
