@@ -14,8 +14,9 @@ import pytest
 from optimize.pipeline.manifest import schema
 from tests.conftest import Cli, Outcome
 
-QUICK = ("--workload", "1x16,2x32", "--budget", "10s")
-RECIPES = ("convert-openvino,hint-openvino", "convert-openvino,quantize-openvino", "export-onnx")
+QUICK = ("--workload", "1x16,2x32", "--budget", "10s", "--min-speedup", "0.01")
+# one that is accurate, two that are not: which one is emitted does not hang on this host's noise
+RECIPES = ("convert-openvino,hint-openvino", "convert-openvino,quantize-openvino", "export-onnx,quantize-onnx")
 NOISE = """
 from optimize.passes.quantize_openvino import QuantizeOpenvino
 import numpy as np
@@ -60,7 +61,8 @@ def test_the_run_emits_bf16_and_rejects_int8(emitted: tuple[Path, Outcome]) -> N
     assert outcome.report["emitted"] == RECIPES[0]
     assert by_name[RECIPES[1]]["status"] == "inaccurate"
     assert by_name[RECIPES[1]]["speed"] is not None
-    assert by_name[RECIPES[2]]["accuracy"]["worst_drop"] < 1e-5
+    assert by_name[RECIPES[2]]["status"] == "inaccurate"
+    assert by_name[RECIPES[0]]["accuracy"]["worst_drop"] < 1e-3
     assert f"emitted {RECIPES[0]}" in outcome.output
     assert (out / "openvino_model.xml").is_file()
 
