@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import click
 from click_default_group import DefaultGroup
 
-from optimize.pipeline.errors import ExitCode, OptimizeError
+from optimize.pipeline.errors import ExitCode, OptimizeError, RequestError
 
 FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
 
@@ -55,6 +55,7 @@ def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **opti
     logging.getLogger("optimize").addHandler(NoteHandler(Lines(console)))
     logging.getLogger("optimize").setLevel(logging.DEBUG if verbose else logging.WARNING)
     with _errors_to(json_file):
+        _check_writable(json_file)
         planned = Request(**options).plan()
         if dry_run:
             console.print(planned.plan.describe(planned.store), markup=False, highlight=False, soft_wrap=True)
@@ -63,9 +64,9 @@ def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **opti
     from optimize.pipeline.manifest import to_json
     from optimize.pipeline.report import print_report
 
+    print_report(console, report, planned.out)
     if json_file is not None:
         _write(json_file, to_json(report))
-    print_report(console, report, planned.out)
     return report.exit_code
 
 
@@ -79,6 +80,7 @@ def verify(folder: Path, budget: str, json_file: Path | None) -> int:
     from optimize.pipeline.verify import verify_folder
 
     with _errors_to(json_file):
+        _check_writable(json_file)
         result = verify_folder(folder, parse_budget(budget))
     _console().print(result.describe(), markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
@@ -165,16 +167,10 @@ def cache_verify(cache_path: Path | None) -> int:
 @click.option("--days", type=click.IntRange(min=0), default=30, show_default=True, help="Keep what was used since.")
 def cache_prune(cache_path: Path | None, days: int) -> int:
     """Remove old artifacts and runs, damaged artifacts, and what killed runs left behind."""
-    import time
+    from optimize.pipeline.driver import cache_folder, prune
 
-    store = _store(cache_path)
-    before = time.time() - days * 86400
-    removed = store.prune(before)
-    runs = store.root.parent / "runs"
-    old = [run for run in runs.iterdir() if run.stat().st_mtime < before] if runs.exists() else []
-    for run in old:
-        shutil.rmtree(run, ignore_errors=True)
-    _console().print(f"removed {removed} artifacts and {len(old)} runs", highlight=False)
+    artifacts, runs = prune(cache_folder(cache_path), days)
+    _console().print(f"removed {artifacts} artifacts and {runs} runs", highlight=False)
     return ExitCode.EMITTED
 
 
@@ -199,8 +195,15 @@ def repeat(request: Path) -> int:
 
     from optimize.pipeline.worker import Worker
 
-    out = Path(tempfile.mkdtemp(prefix="optimize-repeat-"))
-    facts = Worker().build(**json.loads(request.read_text()), out=str(out))
+    try:
+        arguments = json.loads(request.read_text())
+        inspect.signature(Worker.build).bind(None, **arguments, out="")
+    except (ValueError, TypeError) as error:
+        raise RequestError(
+            f"{request} is not a step's request: {error}", hint="give the file that the error named"
+        ) from None
+    out = tempfile.mkdtemp(prefix="optimize-repeat-")
+    facts = Worker().build(**arguments, out=out)
     _console().print(f"built into {out}: {facts}", highlight=False, soft_wrap=True)
     return ExitCode.EMITTED
 
@@ -245,6 +248,20 @@ def _errors_to(json_file: Path | None) -> Iterator[None]:
             except OptimizeError as unwritten:
                 click.echo(f"error: {unwritten.message}", err=True)
         raise
+
+
+def _check_writable(json_file: Path | None) -> None:
+    """Find out before a run of minutes, not after it."""
+    if json_file is None:
+        return
+    try:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        with json_file.open("a"):
+            pass
+    except OSError as error:
+        raise RequestError(
+            f"--json {json_file} cannot be written: {error.strerror}", hint="name another file"
+        ) from None
 
 
 def _write(path: Path, text: str) -> None:

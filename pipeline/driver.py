@@ -6,10 +6,14 @@ import importlib
 import os
 import pkgutil
 import re
+import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
+
+from filelock import FileLock, Timeout
 
 from optimize.pipeline.contract import Checkpoint, Gates, Recipe, Target
 from optimize.pipeline.emit import check_out
@@ -22,6 +26,7 @@ from optimize.pipeline.run import Run, Texts, new_run_folder
 from optimize.pipeline.store import Store
 
 DEFAULT_BUDGET = "3m"
+LIVE = "live.lock"  # in a run's folder: held by the process that runs it
 _UNITS = {"s": 1, "m": 60, "h": 3600, "": 1}
 
 
@@ -82,14 +87,38 @@ class Planned:
         """Run the plan. Raises OptimizeError when the run itself cannot go on; see Report.exit_code otherwise."""
         try:
             folder = new_run_folder(self.cache)
+            lock = FileLock(folder / LIVE, timeout=0)
         except OSError as error:
             raise RequestError(
                 f"the cache {self.cache} cannot be written: {error}", hint="name another with --cache"
             ) from None
         try:
-            return Run(self.plan, self.texts, self.store, folder, progress).execute(self.out)
+            with lock:  # for as long as the run lives, however it ends: `prune` looks at it
+                return Run(self.plan, self.texts, self.store, folder, progress).execute(self.out)
         finally:
             progress.close()
+
+
+def prune(cache: Path, days: int) -> tuple[int, int]:
+    """Remove artifacts and runs that were not used for `days`, and what killed runs left. Returns how many of each.
+
+    What a live run has used or made since it began is kept, and so is that run's folder.
+    """
+    before = time.time() - days * 86400
+    folders = [folder for folder in (cache / "runs").glob("*") if folder.is_dir()]
+    old = []
+    for folder in folders:
+        plan = folder / "plan.txt"  # the first thing that a run writes
+        began = (plan if plan.exists() else folder).stat().st_mtime
+        try:
+            with FileLock(folder / LIVE, timeout=0):
+                old.append((folder, began))
+        except Timeout:
+            before = min(before, began - 60)
+    removed = [folder for folder, began in old if began < before]
+    for folder in removed:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Store(cache / "store").prune(before), len(removed)
 
 
 def cache_folder(cache: Path | None) -> Path:
@@ -97,7 +126,10 @@ def cache_folder(cache: Path | None) -> Path:
     import platformdirs
 
     named = cache or os.environ.get("OPTIMIZE_CACHE") or platformdirs.user_cache_dir("optimize")
-    return Path(named).expanduser().resolve()
+    folder = Path(named).expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"the cache {folder} is a file", hint="name a folder with --cache")
+    return folder
 
 
 def target_names() -> tuple[str, ...]:

@@ -150,7 +150,7 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ArtifactError(f"{path} is not a valid manifest: {where}: {first['msg']}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is not a valid manifest: {type(error).__name__}: {error}") from None
     return manifest
 

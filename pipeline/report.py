@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from optimize.pipeline.verdict import Candidate, Status
 if TYPE_CHECKING:
     from rich.console import Console
 
+WIDE = 150  # columns that the whole table takes
 STYLES = {Status.PASSED: "green", Status.NOT_FASTER: "yellow", Status.INCONCLUSIVE: "yellow"}
 OUTCOMES = {
     ExitCode.NOT_BUILT: "nothing could be built: every recipe failed",
@@ -29,7 +31,7 @@ NEXT = {
 
 def print_report(console: Console, report: Report, out: Path) -> None:
     """The table, the losers' reasons, and what to do with the winner, or next."""
-    console.print(_table(report))
+    console.print(_table(report, wide=console.width >= WIDE))
     for candidate in report.candidates:
         if candidate.reason:
             console.print(f"{candidate.name}: {candidate.reason}", markup=False, highlight=False, soft_wrap=True)
@@ -45,10 +47,13 @@ def print_report(console: Console, report: Report, out: Path) -> None:
     console.print(f"\nemitted [bold green]{report.emitted}[/] to {out}", highlight=False, soft_wrap=True)
     console.print(f"  use it:     import optimize; model = optimize.load({str(out)!r})", markup=False, soft_wrap=True)
     console.print(f"  without us: see {out}/README.md", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"  check it:   optimize verify {out}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"  check it:   optimize verify {shlex.quote(str(out))}", markup=False, highlight=False, soft_wrap=True
+    )
 
 
-def _table(report: Report) -> object:
+def _table(report: Report, *, wide: bool) -> object:
+    """The table; on a narrow terminal without every cell's interval, and without what matters least."""
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -58,21 +63,20 @@ def _table(report: Report) -> object:
         caption=f"speedup over eager {report.checkpoint.dtype}, 99% intervals; gates: drop <= {gates.max_drop:g}, "
         f"speedup > {gates.min_speedup:g}", caption_justify="left",
     )  # fmt: skip
+    workload = report.workload if wide or len(report.workload) > 1 else ()
+    titles = ["cosine", *(["worst"] if wide else []), *map(str, workload), "overall", "mem\nMiB", "size\nMiB"]
     table.add_column("recipe", no_wrap=True)
-    for title in ("cosine", "worst", *map(str, report.workload)):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("overall", justify="right", no_wrap=True)
-    for title in ("mem\nMiB", "size\nMiB", "build\ns", "load\ns"):
+    for title in (*titles, *(["build\ns", "load\ns"] if wide else [])):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     if report.baseline is not None:
-        blanks = [""] * 2 + ["1"] * (len(report.workload) + 1)
-        table.add_row("eager (baseline)", *blanks, _mib(report.baseline.peak_memory), "", "",
-                      f"{report.baseline.load_seconds:.1f}", "")  # fmt: skip
+        costs = [_mib(report.baseline.peak_memory), "", *(["", f"{report.baseline.load_seconds:.1f}"] if wide else [])]
+        blanks = ["", *([""] if wide else []), *["1"] * (len(workload) + 1)]
+        table.add_row("eager (baseline)", *blanks, *costs, "")
     for candidate in sorted(report.candidates, key=_rank):
         style = "bold green" if candidate.name == report.emitted else STYLES.get(candidate.status, "red")
         verdict = "emitted" if candidate.name == report.emitted else str(candidate.status)
-        table.add_row(candidate.name, *_cells(candidate, len(report.workload)), f"[{style}]{verdict}[/]")
+        table.add_row(candidate.name, *_cells(candidate, len(workload), wide), f"[{style}]{verdict}[/]")
     return table
 
 
@@ -81,21 +85,19 @@ def _rank(candidate: Candidate) -> tuple[int, float]:
     return order.index(candidate.status), -(candidate.speed.overall.low if candidate.speed else 0.0)
 
 
-def _cells(candidate: Candidate, workload: int) -> list[str]:
+def _cells(candidate: Candidate, workload: int, wide: bool) -> list[str]:
     accuracy, speed = candidate.accuracy, candidate.speed
-    return [
-        "-" if accuracy is None else f"{1 - accuracy.drop.value:.5f}",
-        "-" if accuracy is None else f"{1 - accuracy.worst_drop:.4f}",
-        *(
-            ["-"] * (workload + 1)
-            if speed is None
-            else [str(cell.speedup) for cell in speed.cells] + [str(speed.overall)]
-        ),
-        _mib(candidate.peak_memory),
-        _mib(candidate.size),
-        f"{candidate.build_seconds:.0f}" if candidate.steps else "-",
-        "-" if candidate.load_seconds is None else f"{candidate.load_seconds:.1f}",
-    ]
+    cosine = "-" if accuracy is None else f"{1 - accuracy.drop.value:.5f}"
+    worst = "-" if accuracy is None else f"{1 - accuracy.worst_drop:.4f}"
+    if speed is None:
+        speeds = ["-"] * (workload + 1)
+    else:
+        cells = [cell.speedup for cell in speed.cells[:workload]]
+        speeds = [*(str(cell) if wide else f"{cell.value:.2f}" for cell in cells), str(speed.overall)]
+    build = f"{candidate.build_seconds:.0f}" if candidate.steps else "-"
+    load = "-" if candidate.load_seconds is None else f"{candidate.load_seconds:.1f}"
+    costs = [_mib(candidate.peak_memory), _mib(candidate.size), *([build, load] if wide else [])]
+    return [cosine, *([worst] if wide else []), *speeds, *costs]
 
 
 def _mib(value: int | None) -> str:

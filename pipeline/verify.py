@@ -11,7 +11,7 @@ from optimize.pipeline.accuracy import Accuracy
 from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Kind, Target
 from optimize.pipeline.driver import find_target
-from optimize.pipeline.emit import EVIDENCE
+from optimize.pipeline.emit import EVIDENCE, EVIDENCE_FILES
 from optimize.pipeline.errors import ArtifactError, ExitCode, OptimizeError, WorkerError
 from optimize.pipeline.manifest import FILE, Manifest, Source, read_manifest
 from optimize.pipeline.measure import Speed, compare
@@ -66,6 +66,9 @@ def verify_folder(folder: Path, budget: float) -> Verification:
     difference = compare_digests(manifest.files, found)
     if difference is not None:
         raise ArtifactError(f"{folder}: {difference}", hint="emit it again, or copy it again from where it is whole")
+    missing = [name for name in EVIDENCE_FILES if f"{EVIDENCE}/{name}" not in found]
+    if missing:
+        raise ArtifactError(f"{folder} has no {EVIDENCE}/{missing[0]}: there is nothing to repeat the gates with")
     report = manifest.report
     host, _ = find_target(report.host.target.name)
     same_host = (host.device, host.features, host.cores) == (

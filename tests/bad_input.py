@@ -340,7 +340,7 @@ CASES = (
     Case("out-under-file", "--out under a path that is a file",
          lambda folder: request(folder, out=a_file(folder) + "/a/b"), "cannot be written"),
     Case("cache-file", "--cache that is a file", lambda folder: request(folder, cache=a_file(folder)),
-         "cannot be written"),
+         "is a file"),
     # --data
     Case("data-missing", "--data that is not there", option(data="gone.jsonl"), "gone.jsonl is not there"),
     Case("data-extension", "--data of another format", data("data.docx", "?"), "is none of .jsonl, .csv, .parquet"),

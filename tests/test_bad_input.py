@@ -32,12 +32,12 @@ def test_verify_writes_its_refusal(tmp_path: Path) -> None:
     assert run(case, tmp_path).error["exit_code"] == 2
 
 
-def test_a_refusal_survives_a_json_file_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_json_file_that_cannot_be_written_is_refused_before_the_run(tmp_path: Path) -> None:
     def make(folder: Path) -> list[str]:
-        return request(folder, target="tpu", json=a_file(folder) + "/report.json")
+        return request(folder, json=a_file(folder) + "/report.json")
 
     outcome = run(Case("", "", make, "", json=False), tmp_path)
-    assert outcome.code == 2 and "target 'tpu'" in outcome.stderr and "report.json" in outcome.stderr
+    assert outcome.code == 2 and "report.json cannot be written" in outcome.stderr
 
 
 def test_every_case_has_a_name_and_words_of_its_own() -> None:

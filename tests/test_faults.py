@@ -174,6 +174,18 @@ def test_a_kill_at_a_random_moment_leaves_a_valid_store(
     assert after.returncode == 0, output
 
 
+def test_pruning_spares_what_a_live_run_uses(tiny: Path, cli: Cli, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    run = _start(tiny, cache, tmp_path / "out", "cast-dtype,export-onnx")
+    while not list(cache.glob("store/artifacts/*")):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    assert "removed 0 artifacts and 0 runs" in cli("cache", "prune", "--days", "0", cache=cache).output
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    assert "removed 2 artifacts and 1 runs" in cli("cache", "prune", "--days", "0", cache=cache).output
+
+
 def test_ctrl_c_kills_the_workers_and_keeps_the_store(tiny: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     run = _start(tiny, cache, tmp_path / "out", "export-onnx")

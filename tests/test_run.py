@@ -128,6 +128,15 @@ def test_load_fills_in_masks_and_names_bad_input(emitted: tuple[Path, Outcome], 
         model(ids, attention_mask=ids[:, :2])
     with pytest.raises(ValueError, match="cannot move to cuda"):
         model.to("cuda")
+    with pytest.raises(ValueError, match="input_ids has values outside of 0 to 30521"):
+        model([[101, 30522]])
+    with pytest.raises(ValueError, match="whole numbers"):
+        model([[1.5]])
+    with pytest.raises(ValueError, match="longer than the model's limit of"):
+        model(torch.ones((1, 513), dtype=torch.int64))
+    with pytest.raises(ValueError, match="labels: the artifact takes"):
+        model(ids, labels=ids)
+    assert isinstance(model(ids, torch.ones_like(ids), return_dict=False), tuple)
 
 
 def test_a_second_run_builds_nothing(
@@ -160,6 +169,13 @@ def test_verify_passes_then_finds_each_kind_of_damage(emitted: tuple[Path, Outco
     shutil.copyfile(emitted[0] / weights.name, weights)
     (copy / "extra.txt").write_text("")
     assert "extra.txt is unexpected" in cli("verify", copy).output
+    (copy / "extra.txt").unlink()
+    manifest = json.loads((copy / "optimize.json").read_text())
+    manifest["files"] = {name: digest for name, digest in manifest["files"].items() if "evidence" not in name}
+    (copy / "optimize.json").write_text(json.dumps(manifest))
+    shutil.rmtree(copy / "evidence")
+    assert "nothing to repeat the gates with" in (found := cli("verify", copy)).output
+    assert found.code == 2
 
 
 def test_verify_on_another_host_does_not_judge_speed(emitted: tuple[Path, Outcome], cli: Cli, tmp_path: Path) -> None:

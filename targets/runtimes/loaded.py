@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import modeling_outputs
 
+from optimize.models.checkpoint import max_length, read_config
 from optimize.models.tasks import TASKS
 from optimize.pipeline.errors import ArtifactError
 from optimize.pipeline.manifest import Manifest, read_manifest
@@ -39,16 +40,25 @@ class LoadedModel:
         self.generation_config = None
         self._session = open_session(manifest.kind, folder, checkpoint.task, manifest.report.host.target.cores)
         self._output_class = getattr(modeling_outputs, TASKS[checkpoint.task].output_class)
+        self._longest = max_length(folder, read_config(folder))
+        self._vocabulary = getattr(self.config, "vocab_size", 1 << 62)
+        self._token_types = getattr(self.config, "type_vocab_size", 1 << 62)
         fields = inspect.signature(self._output_class).parameters
         self._fields = frozenset(fields)
 
-    def __call__(self, input_ids: Any = None, **inputs: Any) -> Any:
-        """One forward pass. Raises ValueError for an input that the model needs and did not get.
+    def __call__(
+        self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None, **inputs: Any
+    ) -> Any:
+        """One forward pass. Raises ValueError for an input that is missing, does not fit, or that it cannot honour.
 
-        Inputs that the artifact does not have are ignored, as long as they are None or flags (return_dict and the
-        like). token_type_ids and attention_mask have the defaults that the eager model gives them.
+        token_type_ids and attention_mask have the defaults that the eager model gives them, and are left out where
+        the model has none. With return_dict=False the outputs come as a tuple.
         """
-        given = {"input_ids": input_ids} | inputs
+        as_tuple = inputs.pop("return_dict", None) is False
+        unknown = [name for name, value in inputs.items() if value is not None and value is not False]
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: the artifact takes {', '.join(self._session.inputs)} alone")
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         batch = {name: _array(given[name]) for name in self._session.inputs if given.get(name) is not None}
         if "input_ids" not in batch:
             raise ValueError(f"input_ids is missing; the artifact takes {', '.join(self._session.inputs)}")
@@ -57,13 +67,14 @@ class LoadedModel:
                 batch[name] = default(batch["input_ids"])
         self._check(batch)
         outputs = self._session.run(batch)
-        return self._output_class(
+        named = self._output_class(
             **{name: torch.from_numpy(array) for name, array in outputs.items() if name in self._fields}
         )
+        return named.to_tuple() if as_tuple else named
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None) -> Any:
         """The same, with the arguments spelt out: `transformers.pipeline` reads this signature."""
-        return self(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        return self(input_ids, attention_mask, token_type_ids)
 
     def can_generate(self) -> bool:
         """No: these artifacts are encoders."""
@@ -81,6 +92,11 @@ class LoadedModel:
 
     def _check(self, batch: Mapping[str, np.ndarray[Any, Any]]) -> None:
         shape = batch["input_ids"].shape
+        for name, most in (("input_ids", self._vocabulary), ("token_type_ids", self._token_types)):
+            if name in batch and batch[name].size and not 0 <= batch[name].min() <= batch[name].max() < most:
+                raise ValueError(f"{name} has values outside of 0 to {most - 1}")
+        if len(shape) == 2 and shape[1] > self._longest:
+            raise ValueError(f"a sequence of {shape[1]} tokens is longer than the model's limit of {self._longest}")
         for name, array in batch.items():
             if array.ndim != 2 or array.shape != shape:
                 raise ValueError(
@@ -101,4 +117,6 @@ def load(folder: Path) -> LoadedModel:
 
 def _array(value: Any) -> np.ndarray[Any, Any]:
     array = value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    if array.dtype.kind not in "iub":
+        raise ValueError(f"token ids are whole numbers, not {array.dtype}")
     return np.ascontiguousarray(array, dtype=np.int64)
