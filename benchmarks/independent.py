@@ -3,7 +3,8 @@
     python benchmarks/independent.py EMITTED CHECKPOINT [--rounds 40] [--json FILE]
 
 Each side lives in a process of its own and is timed there with time.perf_counter around one call; the processes
-alternate, one call of each cell at a time after one call to warm up. Runs OpenVINO artifacts as their model card says.
+alternate, one call of each cell at a time after two calls to warm up, and a pause
+in which the other side's threads stop spinning. Runs OpenVINO artifacts as their model card says.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 CELLS = ((1, 32), (1, 128), (8, 128))
@@ -45,6 +47,7 @@ print("ready", flush=True)
 for line in sys.stdin:
     feed = feeds[int(line)]
     call(feed)
+    call(feed)
     start = time.perf_counter()
     call(feed)
     print(time.perf_counter() - start, flush=True)
@@ -60,6 +63,7 @@ def side(what: str, folder: Path) -> "subprocess.Popen[str]":
 
 def timed(process: "subprocess.Popen[str]", cell: int) -> float:
     assert process.stdin and process.stdout
+    time.sleep(0.1)  # until the other side's threads have stopped spinning
     process.stdin.write(f"{cell}\n")
     process.stdin.flush()
     return float(process.stdout.readline())
