@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import json
 import logging
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,8 +193,6 @@ def doctor() -> int:
 @click.argument("request", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 def repeat(request: Path) -> int:
     """Repeat one failed build step from the REQUEST file that its error named, with its log on the screen."""
-    import tempfile
-
     from optimize.pipeline.worker import Worker
 
     try:
@@ -255,8 +255,10 @@ def _check_writable(json_file: Path | None) -> None:
     if json_file is None:
         return
     try:
+        if json_file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        with json_file.open("a"):
+        with tempfile.TemporaryFile(dir=json_file.parent):  # elsewhere than in the file: nothing is left half-written
             pass
     except OSError as error:
         raise RequestError(
