@@ -14,6 +14,7 @@ from optimize.models.tasks import TASKS, infer_task, read_json
 from optimize.models.weights import Weights, inspect_weights
 from optimize.pipeline.contract import Checkpoint
 from optimize.pipeline.errors import CheckpointError
+from optimize.pipeline.plan import needed_memory
 from optimize.pipeline.store import sha256_of
 
 MAX_MODEL_LENGTH = 1024
@@ -126,8 +127,8 @@ def carried_files(folder: Path) -> tuple[str, ...]:
 
 
 def check_fits(weights: Weights, memory: int | None) -> None:
-    """Refuse what cannot be built here: exporting and compiling hold the float32 weights about three times."""
-    needed = 3 * 4 * weights.parameters + (1 << 30)
+    """Refuse what cannot be built here. Raises CheckpointError with what it would need."""
+    needed = needed_memory(weights.parameters)
     if memory is not None and needed > memory:
         raise CheckpointError(
             f"the checkpoint has {weights.parameters / 1e9:.1f} billion parameters: its float32 reference and its "

@@ -85,7 +85,7 @@ class Plan:
             f"workload    {', '.join(map(str, self.workload))} (batch x tokens), measured for {self.budget:.0f} s",
             f"evaluation  {self.evaluation}",
             f"gates       drop at most {gates.max_drop:g}, speedup above {gates.min_speedup:g}",
-            f"memory      about {needed_memory(checkpoint) / 2**30:.1f} GiB for building",
+            f"memory      about {needed_memory(checkpoint.parameters) / 2**30:.1f} GiB for building",
             "",
         ]
         width = max((len(planned.recipe.name) for planned in self.recipes), default=0)
@@ -210,9 +210,9 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
-def needed_memory(checkpoint: Checkpoint) -> int:
+def needed_memory(parameters: int) -> int:
     """Bytes that building needs at most, estimated: exporters hold the float32 weights about three times."""
-    return 3 * 4 * checkpoint.parameters + (1 << 30)
+    return 3 * 4 * parameters + (1 << 30)
 
 
 def _reason(recipe: Recipe, checkpoint: Checkpoint, target: Target, calibration_digest: str | None) -> str | None:
