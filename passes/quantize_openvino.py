@@ -15,11 +15,14 @@ from optimize.pipeline.batches import Encoded, load_batches
 from optimize.pipeline.contract import Artifact, Context, Kind, Pass
 
 RANKING_SAMPLES = 16
+SMOOTHING = (
+    0.85  # how much of an outlying activation channel moves into the weights: NNCF's 0.95 leaves them too coarse
+)
 
 
 @dataclass(frozen=True)
 class QuantizeOpenvino(Pass):
-    """NNCF post-training quantization with its transformer scheme (SmoothQuant, fast bias correction).
+    """NNCF post-training quantization with SmoothQuant, and a bias correction of our own (see `_correct_bias`).
 
     `keep` leaves that many matrix products in floating point: those whose inputs int8 represents worst, ranked by the
     quantization noise of their calibrated range against their root mean square. In BERT's kin these are the first
@@ -30,7 +33,7 @@ class QuantizeOpenvino(Pass):
     name: ClassVar = "quantize-openvino"
     accepts: ClassVar = Kind.OPENVINO
     produces: ClassVar = Kind.OPENVINO
-    version: ClassVar = 1
+    version: ClassVar = 2
     tools: ClassVar = ("openvino", "nncf")
 
     mode: Literal["static", "weights"] = "static"
@@ -57,13 +60,16 @@ class QuantizeOpenvino(Pass):
             batches = load_batches(context.calibration)[: self.samples]
             feeds = [{name: array for name, array in batch.items() if name in names} for batch in batches]
             kept = _noisiest(model, feeds[:RANKING_SAMPLES], self.keep)
-            model = nncf.quantize(
+            source_model, model = model, nncf.quantize(
                 model, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds),
                 ignored_scope=nncf.IgnoredScope(names=kept),
+                advanced_parameters=nncf.AdvancedQuantizationParameters(
+                    smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=SMOOTHING),
+                    disable_bias_correction=True,
+                ),
             )  # fmt: skip
-        quantized = _count(
-            model, lambda node: _is_matmul_of_weights(node) and _weight(node).get_element_type().size == 1
-        )
+            _correct_bias(model, source_model, feeds)
+        quantized = _count(model, _is_matmul_of_int8)
         if not quantized:
             raise RuntimeError(f"none of {eligible} matrix products was quantized")
         openvino.save_model(model, out / IR, compress_to_fp16=False)
@@ -79,7 +85,7 @@ def _noisiest(model: Any, feeds: list[Encoded], count: int) -> list[str]:
         return []
     nodes = [node for node in model.get_ordered_ops() if _is_matmul_of_weights(node)]
     probe = openvino.Model([node.input_value(0) for node in nodes], model.get_parameters(), "inputs of products")
-    compiled = openvino.Core().compile_model(probe, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = _compile(probe)
     low, high, squares = np.full(len(nodes), np.inf), np.full(len(nodes), -np.inf), np.zeros(len(nodes))
     elements = np.zeros(len(nodes))
     for feed in feeds:
@@ -92,6 +98,74 @@ def _noisiest(model: Any, feeds: list[Encoded], count: int) -> list[str]:
     step = (high - low) / 255
     noise = step / math.sqrt(12) / np.sqrt(squares / elements)  # of uniform rounding
     return [nodes[index].get_friendly_name() for index in np.argsort(-noise)[:count]]
+
+
+def _correct_bias(model: Any, source: Any, feeds: list[Encoded]) -> None:
+    """Take each int8 product's mean error on the inputs that it has in `source` out of the bias.
+
+    NNCF's own fast correction pushes one mean vector through the quantizer, not the inputs themselves, and leaves
+    about twice the error on BERT's kin. Source: https://arxiv.org/abs/1906.04721 (section 4.2)
+    """
+    import openvino
+
+    cut = model.clone()
+    products = [node for node in cut.get_ordered_ops() if _is_matmul_of_int8(node)]
+    originals = {node.get_friendly_name(): node for node in source.get_ordered_ops()}
+    floats = [originals[node.get_friendly_name()] for node in products]
+    entries: list[Any] = []  # new parameters of `cut`: what is fed to the products
+    fed: list[Any] = []  # the same in `source`
+    for product, original in zip(products, floats, strict=True):
+        port = product.input(0)
+        while (
+            _producer(port).get_type_name() == "FakeQuantize"
+            or "nncf_smooth_quant" in _producer(port).get_friendly_name()
+        ):
+            port = _producer(port).input(0)
+        if _producer(port).get_type_name() != "Parameter":  # else an earlier product has the same input
+            entries.append(openvino.opset13.parameter(port.get_partial_shape(), openvino.Type.f32))
+            fed.append(original.input_value(0))
+            port.replace_source_output(entries[-1].output(0))
+    outputs = [node.output(0) for node in floats]
+    expected = _compile(openvino.Model([*outputs, *fed], source.get_parameters(), "expected"))
+    found = _compile(openvino.Model([node.output(0) for node in products], entries, "found"))
+    errors = [np.zeros(output.partial_shape[-1].get_length()) for output in outputs]
+    rows = np.zeros(len(outputs))
+    for feed in feeds:
+        arrays = expected(feed)
+        answers = found([arrays[len(outputs) + index] for index in range(len(fed))])
+        for index in range(len(outputs)):
+            error = (answers[index] - arrays[index]).reshape(-1, errors[index].size)
+            errors[index] += error.sum(axis=0, dtype=np.float64)
+            rows[index] += len(error)
+    nodes = {node.get_friendly_name(): node for node in model.get_ordered_ops()}
+    for product, total, count in zip(products, errors, rows, strict=True):
+        _add_to_bias(nodes[product.get_friendly_name()], -total / count)
+
+
+def _compile(model: Any) -> Any:
+    import openvino
+
+    return openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+def _add_to_bias(product: Any, correction: Any) -> None:
+    """Add to the constant that follows a product; where none does, put one there."""
+    from openvino import opset13
+
+    followers = list(product.output(0).get_target_inputs())
+    add = followers[0].get_node()
+    if len(followers) == 1 and add.get_type_name() == "Add" and _producer(add.input(1)).get_type_name() == "Constant":
+        bias = _producer(add.input(1)).data
+        corrected = (bias + correction.reshape(bias.shape)).astype(np.float32)
+        add.input(1).replace_source_output(opset13.constant(corrected).output(0))
+        return
+    add = opset13.add(product, opset13.constant(correction.astype(np.float32)))
+    for follower in followers:
+        follower.replace_source_output(add.output(0))
+
+
+def _producer(port: Any) -> Any:
+    return port.get_source_output().get_node()
 
 
 def _count(model: Any, wanted: Callable[[Any], bool]) -> int:

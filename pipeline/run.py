@@ -1,4 +1,4 @@
-"""One run: prepare, build, evaluate, measure, decide, emit. Every intermediate is a file under the run's folder."""
+"""One run: prepare, build, evaluate and measure, decide, emit. Every intermediate is a file under the run's folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from optimize.pipeline.measure import compare
 from optimize.pipeline.plan import Plan, PlannedRecipe, Step
 from optimize.pipeline.progress import Progress
 from optimize.pipeline.store import Damage, Entry, Store
-from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Trial, problem_text
+from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Opened, Trial, problem_text
 from optimize.pipeline.verdict import Candidate, Status, StepReport, choose, judge_speed
 from optimize.pipeline.workers import WorkerProcess
 
@@ -69,11 +69,7 @@ class Run:
                 self._build_all()
         finally:
             self._end_builder()
-        with self._phase("evaluate"):
-            for candidate in self._built():
-                self._evaluate(candidate, reference)
-        with self._phase("measure"):
-            self._measure_all()
+        self._try_all(reference)
         (self.folder / "samples.json").write_text(json.dumps(self.samples))
         winner, code = choose(self.candidates)
         if winner is not None:
@@ -108,10 +104,8 @@ class Run:
                 max_length=checkpoint.max_length, out=str(self.folder),
             )  # fmt: skip
         except WorkerError as error:
-            raise RequestError(
-                f"{checkpoint.model_id}: its tokenizer cannot be used: {error.message}",
-                hint=error.hint or f"see {self.folder / 'logs' / 'build.log'}",
-            ) from error
+            hint = error.hint or f"see {self.folder / 'logs' / 'build.log'}"
+            raise _unusable(f"{checkpoint.model_id}: its tokenizer cannot be used", error, hint) from error
 
     def _reference(self) -> dict[str, list[Any]]:
         """Outputs of the float32 eager model on all text and all cells; kept as reference.*.npz."""
@@ -126,10 +120,8 @@ class Run:
                     for batches in (TEXT, CELLS)
                 }
         except (WorkerError, PassError, ValueError) as error:
-            raise RequestError(
-                f"{checkpoint.model_id}: its float32 reference does not run, so nothing can be judged: {error}",
-                hint=f"see the logs in {self.folder / 'logs'}",
-            ) from error
+            message = f"{checkpoint.model_id}: its float32 reference does not run, so nothing can be judged"
+            raise _unusable(message, error, f"see the logs in {self.folder / 'logs'}") from error
 
     def _build_all(self) -> None:
         for planned in self.plan.recipes:
@@ -209,57 +201,56 @@ class Run:
             self._builder.close()
             self._builder = None
 
-    def _built(self) -> list[Candidate]:
-        return [candidate for candidate in self.candidates if candidate.name in self.artifacts]
-
-    def _evaluate(self, candidate: Candidate, reference: Mapping[str, list[Any]]) -> None:
-        artifact = self.artifacts[candidate.name]
-        self.progress.doing(candidate.name, "comparing outputs with the reference")
-        try:
-            opened = self.trial.open(candidate.name, artifact.kind, artifact.path)
-            with opened.worker as worker:
-                candidate.load_seconds, candidate.first_seconds = opened.load_seconds, opened.first_seconds
-                candidate.accuracy, candidate.reason = self.trial.judge(worker, reference)
-                candidate.peak_memory = worker.ask("memory", limit=STEP_LIMIT)
-        except (WorkerError, ValueError) as error:
-            candidate.status = Status.BROKEN if isinstance(error, WorkerError) else Status.INACCURATE
-            candidate.reason = str(error).splitlines()[0]
-            self.progress.problem(candidate.name, problem_text(error))
+    def _try_all(self, reference: Mapping[str, list[Any]]) -> None:
+        """Judge and time every artifact. The inaccurate too: what a looser gate would give is worth knowing."""
+        built = [candidate for candidate in self.candidates if candidate.name in self.artifacts]
+        if not built:
             return
-        candidate.status = Status.INACCURATE if candidate.reason else Status.PASSED
-        self.progress.evaluated(candidate)
-
-    def _measure_all(self) -> None:
-        """Time every candidate that runs, the inaccurate too: what a looser gate would give is worth knowing."""
-        runnable = [candidate for candidate in self._built() if candidate.accuracy is not None]
-        if not runnable:
-            return
-        opened = self.trial.open("baseline", Kind.CHECKPOINT, self.plan.checkpoint.folder)
+        with self._phase("measure"):
+            opened = self.trial.open("baseline", Kind.CHECKPOINT, self.plan.checkpoint.folder)
         with opened.worker as baseline:
             baseline.pause()
-            for candidate in runnable:
-                self._measure(candidate, baseline, self.plan.budget / len(runnable))
+            for candidate in built:
+                self._try(candidate, baseline, reference, self.plan.budget / len(built))
             baseline.resume()
             self.baseline = Baseline(
                 opened.load_seconds, opened.first_seconds, baseline.ask("memory", limit=STEP_LIMIT)
             )
 
-    def _measure(self, candidate: Candidate, baseline: WorkerProcess, budget: float) -> None:
+    def _try(
+        self, candidate: Candidate, baseline: WorkerProcess, reference: Mapping[str, list[Any]], budget: float
+    ) -> None:
         artifact = self.artifacts[candidate.name]
-        self.progress.doing(candidate.name, "timing against the baseline")
+        self.progress.doing(candidate.name, "comparing outputs with the reference")
         try:
-            with self.trial.open(candidate.name, artifact.kind, artifact.path).worker as worker:
-                worker.pause()
-                candidate.speed, self.samples[candidate.name] = compare(
-                    baseline, worker, self.plan.workload, budget,
-                    lambda interval, done, planned: self.progress.measured(candidate.name, interval, done, planned),
-                )  # fmt: skip
-        except WorkerError as error:
+            with self._phase("evaluate"):
+                opened = self.trial.open(candidate.name, artifact.kind, artifact.path)
+            with opened.worker as worker:
+                with self._phase("evaluate"):
+                    self._evaluate(candidate, opened, reference)
+                with self._phase("measure"):
+                    self._measure(candidate, baseline, worker, budget)
+        except (WorkerError, ValueError) as error:
             if not baseline.alive:
-                raise OptimizeError(f"the baseline: {error.message}", hint="run the same command again") from error
-            candidate.status, candidate.reason = Status.BROKEN, error.message
+                raise OptimizeError(f"the baseline: {error}", hint="run the same command again") from error
+            candidate.status = Status.BROKEN if isinstance(error, WorkerError) else Status.INACCURATE
+            candidate.reason = str(error).splitlines()[0]
             self.progress.problem(candidate.name, problem_text(error))
-            return
+
+    def _evaluate(self, candidate: Candidate, opened: Opened, reference: Mapping[str, list[Any]]) -> None:
+        candidate.load_seconds, candidate.first_seconds = opened.load_seconds, opened.first_seconds
+        candidate.accuracy, candidate.reason = self.trial.judge(opened.worker, reference)
+        candidate.peak_memory = opened.worker.ask("memory", limit=STEP_LIMIT)
+        candidate.status = Status.INACCURATE if candidate.reason else Status.PASSED
+        self.progress.evaluated(candidate)
+
+    def _measure(self, candidate: Candidate, baseline: WorkerProcess, worker: WorkerProcess, budget: float) -> None:
+        self.progress.doing(candidate.name, "timing against the baseline")
+        worker.pause()
+        candidate.speed, self.samples[candidate.name] = compare(
+            baseline, worker, self.plan.workload, budget,
+            lambda interval, done, planned: self.progress.measured(candidate.name, interval, done, planned),
+        )  # fmt: skip
         if candidate.status == Status.PASSED:
             candidate.status, candidate.reason = judge_speed(candidate.speed, self.plan.gates)
         self.progress.timed(candidate)
@@ -288,7 +279,15 @@ class Run:
         try:
             yield
         finally:
-            self.seconds[name] = time.monotonic() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+
+def _unusable(message: str, error: Exception, hint: str) -> OptimizeError:
+    """A refusal of the checkpoint; but where a process was killed or hung, the checkpoint is not to blame."""
+    cause = error if isinstance(error, WorkerError) else error.__cause__
+    if isinstance(cause, WorkerError) and cause.kind != "error":
+        return OptimizeError(f"{message}: {cause.message}", hint="run the same command again")
+    return RequestError(f"{message}: {error}", hint=hint)
 
 
 def new_run_folder(cache: Path) -> Path:
