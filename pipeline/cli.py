@@ -177,8 +177,15 @@ def cache_prune(cache_path: Path | None, days: int) -> int:
 
 
 @main_group.command()
-def doctor() -> int:
-    """Say what this host has of what the passes and runtimes need."""
+@click.option("--self-test", is_flag=True, help="Measure known differences: what can this host tell apart?")
+@click.option("--budget", default="15s", show_default=True, help="Time for each of the self-test's two measurements.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the self-test here too."
+)
+def doctor(self_test: bool, budget: str, json_file: Path | None) -> int:
+    """Say what this host has of what the passes and runtimes need; with --self-test, what it can measure."""
+    if self_test:
+        return _self_test(budget, json_file)
     from optimize.pipeline.doctor import findings
 
     table = _table("what", "found", "what it means")
@@ -187,6 +194,19 @@ def doctor() -> int:
         table.add_row(row.what, ("" if row.good else "[red]") + row.found, row.meaning)
     _console().print(table)
     return ExitCode.EMITTED if all(row.good for row in rows) else ExitCode.BUG
+
+
+def _self_test(budget: str, json_file: Path | None) -> int:
+    from optimize.pipeline.driver import parse_budget
+    from optimize.pipeline.manifest import adapter
+    from optimize.pipeline.selftest import SelfTest, self_test
+
+    _check_writable(json_file)
+    result = self_test(parse_budget(budget))
+    _console().print(result.describe(), markup=False, highlight=False, soft_wrap=True)
+    if json_file is not None:
+        _write(json_file, adapter(SelfTest).dump_json(result, indent=1).decode() + "\n")
+    return result.exit_code
 
 
 @main_group.command()
@@ -222,6 +242,10 @@ def main() -> NoReturn:
         code = ExitCode.REFUSED
     except OptimizeError as error:
         code = _complain(error.message, error.hint, error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        code = _complain(f"cannot write: {error}", "make room, or name another folder", ExitCode.BUG)
     sys.exit(int(code or 0))
 
 

@@ -22,7 +22,7 @@ from optimize.pipeline.verdict import Candidate
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 FILE = "optimize.json"
 RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers")
 

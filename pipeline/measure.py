@@ -7,18 +7,22 @@ samples; how many there are is fixed before the first is looked at.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from optimize.pipeline.contract import Cell
+from optimize.pipeline.noise import Noise, NoiseMeter
 from optimize.pipeline.statistics import Interval, ratio_interval
 from optimize.pipeline.workers import WorkerProcess, running
 
 BLOCK_SECONDS = 0.05  # of calls for one cell in one block, beside one call to warm up
-MIN_QUADS, MAX_QUADS = 5, 30
+MIN_QUADS, MAX_QUADS = 5, 200
+BEYOND = 10  # calls that must lie beyond a percentile for it to be stated
+PERCENTILES = (50, 90, 99)
 CALL_LIMIT = 300.0
 
 
@@ -30,6 +34,7 @@ class CellSpeed:
     speedup: Interval
     baseline_seconds: float
     seconds: float
+    percentiles: Mapping[int, float] = field(default_factory=dict)  # of the candidate's calls, where enough were made
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Speed:
     overall: Interval
     cells: tuple[CellSpeed, ...]
     quads: int
+    noise: Noise | None = None
 
 
 # seconds of each call, by quad, block of the quad (A B B A), cell and call: the raw figures behind a Speed
@@ -57,7 +63,7 @@ def compare(
     The first quad warms both up and tells how many fit; it is not among the samples. `progress` is shown the interval
     as it shrinks, and decides nothing.
     """
-    started = time.monotonic()
+    started, meter = time.monotonic(), NoiseMeter(baseline.pid, candidate.pid)
     _quad(baseline, candidate, len(cells))
     planned = int(min(max(budget / max(time.monotonic() - started, 1e-3) - 1, MIN_QUADS), MAX_QUADS))
     raw: Samples = []
@@ -65,7 +71,7 @@ def compare(
         raw.append(_quad(baseline, candidate, len(cells)))
         if done > 1:
             progress(summarize(raw, cells).overall, done, planned)
-    return summarize(raw, cells), raw
+    return dataclasses.replace(summarize(raw, cells), noise=meter.read(_spread(raw))), raw
 
 
 def summarize(raw: Samples, cells: Sequence[Cell]) -> Speed:
@@ -76,8 +82,34 @@ def summarize(raw: Samples, cells: Sequence[Cell]) -> Speed:
         ours = [call for quad in raw for block in (quad[1], quad[2]) for call in block[index]]
         theirs = [call for quad in raw for block in (quad[0], quad[3]) for call in block[index]]
         interval = ratio_interval([quad[index] for quad in ratios])
-        speeds.append(CellSpeed(cell, interval, statistics.median(theirs), statistics.median(ours)))
+        speeds.append(CellSpeed(cell, interval, statistics.median(theirs), statistics.median(ours), percentiles(ours)))
     return Speed(ratio_interval([math.fsum(quad) / len(quad) for quad in ratios]), tuple(speeds), len(raw))
+
+
+def percentiles(seconds: Sequence[float]) -> dict[int, float]:
+    """Those of PERCENTILES that have at least BEYOND calls beyond them."""
+    ordered = sorted(seconds)
+    stated = [percent for percent in PERCENTILES if len(ordered) * (100 - percent) >= 100 * BEYOND]
+    return {percent: ordered[len(ordered) * percent // 100] for percent in stated}
+
+
+def spread_of_quads(raw: Samples) -> float:
+    """The standard deviation of the quads' log ratios, over all their cells: what the interval is made of."""
+    cells = range(len(raw[0][0]))
+    return statistics.stdev(
+        math.fsum(_log_ratio([block[index] for block in quad]) for index in cells) / len(cells) for quad in raw
+    )
+
+
+def _spread(raw: Samples) -> float:
+    """Of the baseline against itself: its first block over its last, root mean square over the quads."""
+    cells = range(len(raw[0][0]))
+    logs = [
+        math.fsum(math.log(statistics.median(quad[0][index]) / statistics.median(quad[3][index])) for index in cells)
+        / len(cells)
+        for quad in raw
+    ]
+    return math.sqrt(math.fsum(log * log for log in logs) / len(logs))
 
 
 def _quad(baseline: WorkerProcess, candidate: WorkerProcess, cells: int) -> list[list[list[float]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -11,6 +12,9 @@ from optimize.pipeline.accuracy import Accuracy
 from optimize.pipeline.contract import Gates, Kind
 from optimize.pipeline.errors import ExitCode
 from optimize.pipeline.measure import Speed
+from optimize.pipeline.statistics import Difference, Interval, difference
+
+MOST_TIMES = 50  # the budget: nobody waits longer
 
 
 class Status(StrEnum):
@@ -65,8 +69,20 @@ def judge_speed(speed: Speed, gates: Gates) -> tuple[Status, str | None]:
     if interval.low > gate:
         return Status.PASSED, None
     if interval.high < gate:
-        return Status.NOT_FASTER, f"speedup {interval} is below the gate of {gate:g}"
-    return Status.INCONCLUSIVE, f"speedup {interval} may be on either side of the gate of {gate:g}"
+        found = difference(interval)
+        words = f", {found} against eager" if found in (Difference.SLOWER, Difference.NONE) else ""
+        return Status.NOT_FASTER, f"speedup {interval} is below the gate of {gate:g}{words}"
+    words = f"speedup {interval} may be on either side of the gate of {gate:g}; {_what_would_tell(interval, gate)}"
+    return Status.INCONCLUSIVE, words if speed.noise is None else f"{words}; {speed.noise}"
+
+
+def _what_would_tell(interval: Interval, gate: float) -> str:
+    """An interval shrinks with the root of the time spent: how much more would leave the gate outside."""
+    margin, distance = math.log(interval.high / interval.low) / 2, abs(math.log(interval.value / gate))
+    times = math.inf if distance == 0 else (margin / distance) ** 2
+    if times > MOST_TIMES:
+        return "it is too close to the gate for any budget"
+    return f"about {math.ceil(times)} times the budget would tell, if the host stays as it is"
 
 
 def choose(candidates: Sequence[Candidate]) -> tuple[Candidate | None, ExitCode]:

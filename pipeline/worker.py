@@ -82,6 +82,18 @@ class Worker:
         first = time.perf_counter()
         return {"load": loaded - start, "first": first - loaded}
 
+    def calibrate(self, seconds: float) -> int:
+        """How many of the self-test's products take about that long."""
+        from optimize.pipeline.selftest import calibrate
+
+        return calibrate(seconds)
+
+    def open_products(self, count: int) -> None:
+        """Open the self-test's session in place of an artifact."""
+        from optimize.pipeline.selftest import Products
+
+        self._session, self._cells = Products(count), [{}]
+
     def evaluate(self, task: str, pooling: str | None, batches: str, out: str) -> dict[str, Any]:
         """Run every batch of an .npz and write what is judged of each example to another, with peculiarities."""
         import numpy as np

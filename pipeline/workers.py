@@ -6,12 +6,15 @@ parent, which then kills its workers in order. If the parent itself is killed, t
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +32,8 @@ class WorkerProcess:
 
     def __init__(self, log: Path, *, toolchain: str = "default") -> None:
         self.log = log
-        log.parent.mkdir(parents=True, exist_ok=True)
+        self._scratch = log.with_suffix(".tmp")  # compilers and loaders leave files behind when they are killed
+        self._scratch.mkdir(parents=True, exist_ok=True)
         command = [python_of(toolchain), "-m", "optimize.pipeline.worker"]
         read_end, write_end = os.pipe()
         environment = os.environ | {
@@ -38,7 +42,10 @@ class WorkerProcess:
             "HF_HUB_OFFLINE": "1",  # what a worker needs was fetched before
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
+            "TMPDIR": str(self._scratch.absolute()),
         }
+        # compiled headers and kernels, which torch would keep in the temporary folder, serve every later build
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
         try:
             with log.open("ab") as output:
                 self._process = subprocess.Popen(
@@ -132,6 +139,7 @@ class WorkerProcess:
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         os.close(self._answers)
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError, PermissionError):  # it has ended

@@ -39,7 +39,10 @@ def compile(model: str, *, json: str | Path | None = None, **options: Any) -> Re
     for name in ("out", "cache"):
         if options.get(name) is not None:
             options[name] = Path(options[name])
-    report = Request(model, **options).plan().run(Progress())
+    planned = Request(model, **options).plan()
+    if json is not None:
+        Path(json).parent.mkdir(parents=True, exist_ok=True)  # before the run of minutes, not after it
+    report = planned.run(Progress())
     if json is not None:
         Path(json).write_text(to_json(report))
     return report

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from optimize.pipeline.contract import Cell
-from optimize.pipeline.measure import Samples, summarize
+from optimize.pipeline.measure import Samples, percentiles, spread_of_quads, summarize
 
 CELLS = (Cell(1, 32), Cell(8, 128))
 BASELINE = (0.010, 0.200)  # seconds of one call of each cell
@@ -102,3 +102,17 @@ def test_blocks_may_have_unlike_numbers_of_calls() -> None:
     raw = samples((2.0, 2.0))
     raw[0][0][0] = raw[0][0][0][:1]
     assert summarize(raw, CELLS).overall.value == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("calls", "stated"), [(19, []), (20, [50]), (99, [50]), (100, [50, 90]), (1000, [50, 90, 99])])
+def test_percentiles_are_stated_only_with_ten_calls_beyond(calls: int, stated: list[int]) -> None:
+    found = percentiles([float(second) for second in range(calls)])
+    assert list(found) == stated
+    for percent, seconds in found.items():
+        assert sum(second > seconds for second in range(calls)) >= 9
+        assert seconds == pytest.approx(calls * percent / 100, abs=1)
+
+
+def test_the_spread_of_quads_is_what_the_interval_is_made_of() -> None:
+    raw = samples((2.0, 2.0), quads=3, factor=lambda quad, block, call: (1.0, 1.1, 1.21)[quad] if block == 0 else 1.0)
+    assert spread_of_quads(raw) == pytest.approx(math.log(1.1) / 2)

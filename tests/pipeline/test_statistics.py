@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from optimize.pipeline.statistics import CONFIDENCE, Interval, mean_interval, ratio_interval
+from optimize.pipeline.statistics import CONFIDENCE, Interval, difference, mean_interval, ratio_interval, resolution
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
@@ -67,3 +67,27 @@ def test_a_99_percent_interval_holds_the_truth_as_often_as_it_says(count: int, s
 
 def test_an_interval_reads_as_text() -> None:
     assert str(Interval(1.234, 1.2, 1.266)) == "1.23 [1.20, 1.27]"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [
+        (1.001, 1.5, "faster"),
+        (0.5, 0.999, "slower"),
+        (0.97, 1.03, "inconclusive"),
+        (0.99, 1.015, "no difference"),
+        (1.001, 1.019, "no difference"),  # nobody would act on it
+        (0.9805, 0.999, "no difference"),
+        (1.001, 1.021, "faster"),
+        (0.979, 0.999, "slower"),
+        (1.0, 1.5, "inconclusive"),
+    ],
+)
+def test_what_an_interval_says(low: float, high: float, word: str) -> None:
+    assert difference(Interval(math.sqrt(low * high), low, high)) == word
+
+
+def test_resolution_is_half_the_interval_of_values_with_that_spread() -> None:
+    values = [0.1, 0.3, 0.2, 0.6, 0.4]
+    interval = mean_interval(values)
+    assert resolution(float(np.std(values, ddof=1)), len(values)) == pytest.approx((interval.high - interval.low) / 2)

@@ -1,0 +1,70 @@
+"""What disturbed a measurement: other processes, the hypervisor, the processor's clock, and what came of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+NOTABLE = 0.05  # a share of processor time that is worth a word
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Of one measurement. Shares are of the time of all this host's processors while it was made."""
+
+    others: float  # share that processes other than ours used
+    stolen: float  # share that the hypervisor kept; 0 where the system does not tell
+    load: float  # running or waiting processes, the mean of the last minute before it
+    megahertz: tuple[float, float] | None  # the processors' mean clock before and after; None where it is not told
+    spread: float  # of the baseline against itself within a quad: root mean square of the log ratio
+
+    def __str__(self) -> str:
+        parts = [f"the baseline differs from itself by {self.spread:.1%}"]
+        if self.others > NOTABLE:
+            parts.append(f"other processes took {self.others:.0%} of the processors")
+        if self.stolen > NOTABLE:
+            parts.append(f"the hypervisor kept {self.stolen:.0%}")
+        return ", ".join(parts)
+
+
+class NoiseMeter:
+    """Counters of the host, and of the processes that measure, since it was made."""
+
+    def __init__(self, *pids: int) -> None:
+        self._pids = (os.getpid(), *pids)
+        self._start = self._counters()
+        self._load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        self._megahertz = _megahertz()
+
+    def read(self, spread: float) -> Noise:
+        """The noise since it was made; `spread` is what the raw samples tell."""
+        total, busy, stolen, ours = (now - then for now, then in zip(self._counters(), self._start, strict=True))
+        total = max(total, 1e-9)
+        before, after = self._megahertz, _megahertz()
+        clock = (before, after) if before is not None and after is not None else None
+        return Noise(max(busy - ours, 0.0) / total, stolen / total, self._load, clock, spread)
+
+    def _counters(self) -> tuple[float, float, float, float]:
+        """Seconds since boot, over all processors: all, busy, stolen, and used by our processes."""
+        import psutil
+
+        times = psutil.cpu_times()
+        stolen = getattr(times, "steal", 0.0)
+        counted = ("user", "nice", "system", "irq", "softirq")  # `user` includes guests
+        busy = sum(getattr(times, name, 0.0) for name in counted)
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        ours = 0.0
+        for pid in self._pids:
+            used = psutil.Process(pid).cpu_times()
+            ours += used.user + used.system
+        return busy + stolen + idle, busy, stolen, ours
+
+
+def _megahertz() -> float | None:
+    import psutil
+
+    try:
+        clock = psutil.cpu_freq()
+    except (OSError, NotImplementedError, RuntimeError):
+        return None
+    return None if clock is None else float(clock.current)

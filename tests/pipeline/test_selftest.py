@@ -1,0 +1,102 @@
+"""The self-test and the noise that is recorded: known loads, known differences, on live workers."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from tests.conftest import Cli
+
+from optimize.pipeline.contract import Gates
+from optimize.pipeline.measure import Speed
+from optimize.pipeline.noise import Noise, NoiseMeter
+from optimize.pipeline.selftest import Products, calibrate
+from optimize.pipeline.statistics import Interval
+from optimize.pipeline.verdict import Status, judge_speed
+
+BUSY = "import time\nend = time.time() + 60\nwhile time.time() < end: pass"
+
+
+@pytest.fixture
+def busy() -> Iterator["subprocess.Popen[bytes]"]:
+    process = subprocess.Popen([sys.executable, "-c", BUSY])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_what_others_use_is_told_from_what_we_use(busy: "subprocess.Popen[bytes]") -> None:
+    cores = os.cpu_count() or 1
+    for pids, most, least in (((), 1.0, 0.3 / cores), ((busy.pid,), 0.97 - 0.3 / cores, 0.0)):
+        meter = NoiseMeter(*pids)
+        used = psutil.Process(busy.pid).cpu_times().user
+        time.sleep(2)
+        share = (psutil.Process(busy.pid).cpu_times().user - used) / 2 / cores
+        noise = meter.read(0.0)
+        assert least <= noise.others <= most
+        assert (noise.others >= share * 0.8) or pids
+
+
+def test_noise_is_told_when_it_is_notable() -> None:
+    quiet = Noise(others=0.01, stolen=0.0, load=0.1, megahertz=None, spread=0.012)
+    loud = Noise(others=0.48, stolen=0.2, load=3.0, megahertz=None, spread=0.3)
+    assert str(quiet) == "the baseline differs from itself by 1.2%"
+    assert "other processes took 48% of the processors" in str(loud)
+    assert "the hypervisor kept 20%" in str(loud)
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "words"),
+    [
+        (1.00, 1.10, 1.21, "about 5 times the budget"),  # log(1.1) / log(1.1 / 1.05), squared, is 4.2
+        (1.04, 1.0501, 1.06, "too close to the gate for any budget"),
+    ],
+)
+def test_an_inconclusive_verdict_says_what_would_tell(low: float, value: float, high: float, words: str) -> None:
+    noise = Noise(0.48, 0.0, 3.0, None, 0.3)
+    status, reason = judge_speed(Speed(Interval(value, low, high), (), 8, noise), Gates())
+    assert status == Status.INCONCLUSIVE
+    assert reason is not None
+    assert words in reason
+    assert "other processes took 48%" in reason
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        (Interval(0.8, 0.7, 0.9), "slower against eager"),
+        (Interval(1.0, 0.99, 1.01), "no difference against eager"),
+        (Interval(1.03, 1.025, 1.04), "below the gate of 1.05"),
+    ],
+)
+def test_what_is_not_faster_is_told_from_what_is_slower(interval: Interval, words: str) -> None:
+    status, reason = judge_speed(Speed(interval, (), 8), Gates())
+    assert status == Status.NOT_FASTER
+    assert reason is not None
+    assert words in reason
+
+
+def test_calibrated_work_takes_about_as_long_as_asked() -> None:
+    times = []
+    count = calibrate(0.02)
+    session = Products(count)
+    for _ in range(20):
+        start = time.perf_counter()
+        session.run({})
+        times.append(time.perf_counter() - start)
+    assert count >= 10
+    assert min(times) > 0.005
+
+
+def test_the_self_test_measures_the_known_difference(cli: Cli) -> None:
+    outcome = cli("doctor", "--self-test", "--budget", "15s")
+    assert outcome.report is not None, outcome.output
+    heavier = outcome.report["heavier"]["overall"]
+    assert heavier["low"] < 1.1 * 1.1
+    assert heavier["high"] > 1.1 / 1.1
+    assert outcome.report["resolves"]["300"] < outcome.report["resolves"]["60"] < outcome.report["resolves"]["15"]
+    assert outcome.code in (0, 6)  # whether this host is quiet enough now is what it tells
+    assert ("sound:" in outcome.output) == (outcome.code == 0)
