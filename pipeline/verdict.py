@@ -78,8 +78,11 @@ def judge_speed(speed: Speed, gates: Gates) -> tuple[Status, str | None]:
 
 def _what_would_tell(interval: Interval, gate: float) -> str:
     """An interval shrinks with the root of the time spent: how much more would leave the gate outside."""
-    margin, distance = math.log(interval.high / interval.low) / 2, abs(math.log(interval.value / gate))
-    times = math.inf if distance == 0 else (margin / distance) ** 2
+    if min(interval.low, interval.value) <= 0 or interval.value == gate:
+        times = math.inf
+    else:
+        margin, distance = math.log(interval.high / interval.low) / 2, math.log(interval.value / gate)
+        times = (margin / distance) ** 2
     if times > MOST_TIMES:
         return "it is too close to the gate for any budget"
     return f"about {math.ceil(times)} times the budget would tell, if the host stays as it is"
