@@ -1,14 +1,16 @@
 """Paired, interleaved timing of a candidate against the baseline. The reasons are in docs/measuring.md.
 
-Two workers live side by side; the one that is not being timed is stopped. A quad is four blocks, A B B A, of every
-cell of the workload: its log ratio is free of any drift that is linear over the quad. The quads are the independent
-samples; how many there are is fixed before the first is looked at.
+Two workers live side by side; the one that is not being timed is stopped. A quad is four blocks of every cell of the
+workload, A B B A or B A A B by the toss of a coin: its log ratio is free of any drift that is linear over the quad, and
+for equal sides its sign is a fair coin whatever the host does. The quads are the independent samples; their number is
+fixed before the first is looked at.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +22,7 @@ from optimize.pipeline.statistics import Interval, ratio_interval
 from optimize.pipeline.workers import WorkerProcess, running
 
 BLOCK_SECONDS = 0.05  # of calls for one cell in one block, beside one call to warm up
-MIN_QUADS, MAX_QUADS = 5, 200
+MIN_QUADS, MAX_QUADS = 8, 200  # fewer than 8 have no distribution-free interval at 99%
 BEYOND = 10  # calls that must lie beyond a percentile for it to be stated
 PERCENTILES = (50, 90, 99)
 CALL_LIMIT = 300.0
@@ -47,7 +49,8 @@ class Speed:
     noise: Noise | None = None
 
 
-# seconds of each call, by quad, block of the quad (A B B A), cell and call: the raw figures behind a Speed
+# seconds of each call, by quad, block, cell and call: the raw figures behind a Speed. A quad's blocks are put down as
+# A B B A, in whichever of the two orders they were run
 Samples = list[list[list[list[float]]]]
 
 
@@ -113,6 +116,9 @@ def _spread(raw: Samples) -> float:
 
 
 def _quad(baseline: WorkerProcess, candidate: WorkerProcess, cells: int) -> list[list[list[float]]]:
+    if random.getrandbits(1):
+        first, second, third, fourth = (_block(worker, cells) for worker in (candidate, baseline, baseline, candidate))
+        return [second, first, fourth, third]
     return [_block(worker, cells) for worker in (baseline, candidate, candidate, baseline)]
 
 

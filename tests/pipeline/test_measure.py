@@ -81,7 +81,8 @@ def test_an_outlier_within_a_block_does_not_matter(block: int) -> None:
 def test_one_disturbed_quad_widens_the_interval() -> None:
     raw = samples((1.5, 1.5), factor=lambda quad, block, call: 2.0 if quad == 3 and block == 1 else 1.0)
     overall = summarize(raw, CELLS).overall
-    assert overall.low < 1.4 < overall.value < 1.5 < overall.high
+    assert overall.low < 1.4
+    assert (overall.value, overall.high) == pytest.approx((1.5, 1.5))  # but does not move the estimate
 
 
 def test_overall_is_the_geometric_mean_of_the_cells() -> None:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from optimize.pipeline.statistics import CONFIDENCE, Interval, difference, mean_interval, ratio_interval, resolution
+from optimize.pipeline.statistics import (
+    CONFIDENCE,
+    Interval,
+    difference,
+    mean_interval,
+    ratio_interval,
+    resolution,
+    signed_rank_interval,
+)
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
@@ -34,15 +42,50 @@ def test_the_default_confidence_is_99_percent() -> None:
     assert ratio_interval(values) == ratio_interval(values, 0.99)
 
 
-def test_ratio_interval_by_hand() -> None:
-    found = ratio_interval([math.log(1.0), math.log(2.0), math.log(4.0)], 0.95)
-    margin = 4.302653 / math.sqrt(3) * math.log(2)
-    assert found.value == pytest.approx(2.0)
-    assert (found.low, found.high) == pytest.approx((2 * math.exp(-margin), 2 * math.exp(margin)), rel=1e-6)
+def test_signed_rank_interval_by_hand() -> None:
+    found = signed_rank_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 30.0])
+    assert (found.low, found.high) == (1.0, 30.0)  # eight values: 2 / 256 is what 99% leaves, so the very ends
+    assert found.value == 4.5  # the middle of the 36 means of pairs
+    assert signed_rank_interval([1.0, 2.0]).high == math.inf
+    nine = signed_rank_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 30.0])
+    assert (nine.low, nine.high) == (1.5, 19.0)  # one mean is cut off at either end
+
+
+@pytest.mark.parametrize("count", [8, 12, 25, 60])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_signed_rank_interval_is_what_scipys_test_does_not_reject(count: int, seed: int) -> None:
+    values = np.random.default_rng(seed).standard_t(2, size=count) + 0.7
+    interval = signed_rank_interval(values.tolist())
+    for end, inwards in ((interval.low, 1e-9), (interval.high, -1e-9)):
+        assert stats.wilcoxon(values - end - inwards, method="exact").pvalue > 0.01
+        assert stats.wilcoxon(values - end + inwards, method="exact").pvalue <= 0.01
+
+
+@pytest.mark.parametrize("distribution", ["normal", "bimodal", "heavy"])
+def test_equal_sides_are_called_different_at_most_as_often_as_it_says(distribution: str) -> None:
+    chance = np.random.default_rng(7)
+    draws = {
+        "normal": lambda: chance.normal(0, 0.05, 8),
+        "bimodal": lambda: chance.choice([-1.5, 1.5, -0.01, 0.01], 8),  # a load that hits one side or the other
+        "heavy": lambda: chance.standard_cauchy(8) / 10,
+    }[distribution]
+    claims = [difference(ratio_interval(draws().tolist())) in ("faster", "slower") for _ in range(4000)]
+    assert np.mean(claims) <= 0.0125  # 2 / 256, and three standard errors
+
+
+def test_ratio_interval_is_the_signed_rank_interval_of_logarithms() -> None:
+    logs = [0.1, 0.25, 0.4, 0.15, 0.2, 0.3, 0.22, 0.31, 0.05]
+    expected = signed_rank_interval(logs)
+    found = ratio_interval(logs)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        tuple(map(math.exp, (expected.value, expected.low, expected.high)))
+    )
+    assert ratio_interval([0.1, 0.2]).high == math.inf
+    assert str(ratio_interval([0.0, 0.0])) == "1.00 [too few]"
 
 
 def test_turning_the_ratios_over_turns_the_interval_over() -> None:
-    logs = [0.1, 0.25, 0.4, 0.15]
+    logs = [0.1, 0.25, 0.4, 0.15, 0.2, 0.3, 0.22, 0.31, 0.05]
     forward, back = ratio_interval(logs), ratio_interval([-log for log in logs])
     assert (1 / back.value, 1 / back.high, 1 / back.low) == pytest.approx((forward.value, forward.low, forward.high))
 
