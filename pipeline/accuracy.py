@@ -11,22 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimize.pipeline.contract import Cell, Gates
+from optimize.pipeline.metrics import Example, Metric
 from optimize.pipeline.statistics import Interval, mean_interval
 
 TAIL = 10  # no single example may drop by more than this many times the gate; answers may differ as often
 REPEAT_TOLERANCE = 1e-3  # of the output's largest magnitude, between two runs of one batch
-
-Example = Mapping[str, NDArray[Any]]  # output name -> [positions, features]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """The task's own metric on labelled data, for the reference and the candidate on the same examples."""
-
-    name: str
-    reference: float
-    candidate: float
-    drop: Interval  # reference - candidate, from the examples' paired differences
 
 
 @dataclass(frozen=True)
@@ -40,7 +29,7 @@ class Accuracy:
     top1: float | None  # share of answers (largest element) that are the reference's
     cells: Mapping[str, float]  # drop on each cell of the workload
     examples: int
-    metric: Metric | None = None
+    metrics: tuple[Metric, ...] = ()  # the task's own, on labelled data
 
 
 def compare_outputs(
@@ -80,23 +69,10 @@ def compare_outputs(
     )
 
 
-def label_metric(reference: Sequence[Example], candidate: Sequence[Example], labels: Sequence[int]) -> Metric:
-    """Accuracy on labelled examples, with a paired interval on its drop."""
-    right = [
-        [int(example["logits"].argmax()) == label for example, label in zip(side, labels, strict=True)]
-        for side in (reference, candidate)
-    ]
-    differences = [float(before) - float(after) for before, after in zip(*right, strict=True)]
-    means = [float(np.mean(side)) for side in right]
-    return Metric("accuracy", means[0], means[1], mean_interval(differences, 0.95))
-
-
 def why_rejected(accuracy: Accuracy, gates: Gates) -> str | None:
     """Why a candidate is not accurate enough, or None. Each rule is explained in docs/measuring.md."""
     allowed, tail = gates.max_drop, TAIL * gates.max_drop
     reach = math.sqrt(2 * tail)  # what an angle of that drop amounts to; unlike a cosine, it also sees a wrong scale
-    metric = accuracy.metric
-    lost = metric.reference - metric.candidate if metric is not None else 0.0
     differ = 0.0 if accuracy.top1 is None else 1 - accuracy.top1
     if _above(accuracy.drop.high, allowed):
         return f"drop {accuracy.drop.value:.2g} (at most {accuracy.drop.high:.2g}) is above the gate of {allowed:g}"
@@ -109,9 +85,7 @@ def why_rejected(accuracy: Accuracy, gates: Gates) -> str | None:
             return f"cell {cell} drops by {drop:.2g}, more than {TAIL} times the gate of {allowed:g}"
     if _above(differ, max(tail, 1.5 / accuracy.examples)):  # one answer may differ: it may be a tie
         return f"{differ:.1%} of the answers differ, more than {TAIL} times the gate of {allowed:g}"
-    if metric is not None and _above(lost, allowed):
-        return f"{metric.name} drops by {lost:.4f}, above the gate of {allowed:g}"
-    return None
+    return next(filter(None, (metric.why_rejected(allowed) for metric in accuracy.metrics)), None)
 
 
 def why_unsteady(repeat_error: float, reference: Sequence[Example]) -> str | None:

@@ -135,5 +135,5 @@ def accuracy_text(candidate: Candidate) -> str:
     if accuracy is None:
         return "not known"
     top1 = "" if accuracy.top1 is None else f", same answers {accuracy.top1:.1%}"
-    metric = "" if accuracy.metric is None else f", {accuracy.metric.name} {accuracy.metric.candidate:.4f}"
-    return f"cosine {1 - accuracy.drop.value:.5f} (worst {1 - accuracy.worst_drop:.4f}){top1}{metric}"
+    metrics = "".join(f", {metric.name} {metric.candidate:.4f}" for metric in accuracy.metrics)
+    return f"cosine {1 - accuracy.drop.value:.5f} (worst {1 - accuracy.worst_drop:.4f}){top1}{metrics}"

@@ -35,6 +35,11 @@ def print_report(console: Console, report: Report, out: Path) -> None:
     for candidate in report.candidates:
         if candidate.reason:
             console.print(f"{candidate.name}: {candidate.reason}", markup=False, highlight=False, soft_wrap=True)
+    metrics = [(each.name, metric) for each in report.candidates if each.accuracy for metric in each.accuracy.metrics]
+    for name, metric in metrics:
+        console.print(f"{name}: {metric}", markup=False, highlight=False, soft_wrap=True)
+    if metrics and (unresolved := metrics[0][1].what_it_leaves_open(report.gates.max_drop)):
+        console.print(unresolved, markup=False, highlight=False, soft_wrap=True)
     for name, reason in report.left_out.items():
         console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
     phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())

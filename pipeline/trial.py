@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimize.pipeline.accuracy import Accuracy, compare_outputs, label_metric, why_rejected, why_unsteady
+from optimize.pipeline.accuracy import Accuracy, compare_outputs, why_rejected, why_unsteady
 from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Cell, Gates, Kind
 from optimize.pipeline.errors import WorkerError
+from optimize.pipeline.metrics import classification_metrics
 from optimize.pipeline.workers import WorkerProcess
 
 STEP_LIMIT = float(os.environ.get("OPTIMIZE_STEP_LIMIT", "1800"))  # seconds for one pass or one request
@@ -86,7 +87,8 @@ class Trial:
         expected = [*reference[TEXT], *reference[CELLS]]
         accuracy = compare_outputs(expected, [*evaluated, *celled], top1=self.top1, cells=rows)
         if self.labels is not None:
-            accuracy = dataclasses.replace(accuracy, metric=label_metric(reference[TEXT], evaluated, self.labels))
+            metrics = classification_metrics(reference[TEXT], evaluated, self.labels)
+            accuracy = dataclasses.replace(accuracy, metrics=metrics)
         return accuracy, why_unsteady(repeat_error, expected) or why_rejected(accuracy, self.gates)
 
 

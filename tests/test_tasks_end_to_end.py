@@ -85,8 +85,9 @@ def test_labels_give_an_accuracy_with_its_paired_drop(
     outcome = cli(folder, "--recipe", "convert-openvino", "--data", data, *QUICK, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.output
     assert outcome.report is not None
-    metric = outcome.report["candidates"][0]["accuracy"]["metric"]
-    assert metric["name"] == "accuracy"
+    metric, macro = outcome.report["candidates"][0]["accuracy"]["metrics"]
+    assert (metric["name"], macro["name"]) == ("accuracy", "macro F1")
+    assert "cannot show a drop below" in outcome.output  # forty examples and a gate of 0.001
     assert 0 <= metric["reference"] <= 1
     assert metric["drop"]["value"] == pytest.approx(metric["reference"] - metric["candidate"])
     assert outcome.report["evaluation"]["labels"] == [index % 2 for index in range(60) if index % 3 != 1]

@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 from optimize.pipeline.accuracy import (
     Accuracy,
-    Metric,
     compare_outputs,
-    label_metric,
     why_rejected,
     why_unsteady,
 )
 from optimize.pipeline.contract import Cell, Gates
+from optimize.pipeline.metrics import Metric
 from optimize.pipeline.statistics import Interval
 
 Outputs = list[dict[str, NDArray[Any]]]
@@ -149,44 +148,29 @@ def test_top1_counts_answers(reference: Outputs) -> None:
     assert found.top1 == 0.75
 
 
-def test_label_metric_is_paired() -> None:
-    before = outputs([2, 1], [2, 1], [1, 2], [1, 2])
-    after = outputs([2, 1], [1, 2], [1, 2], [2, 1])
-    metric = label_metric(before, after, [0, 0, 1, 0])
-    assert (metric.name, metric.reference, metric.candidate) == ("accuracy", 0.75, 0.75)
-    assert metric.drop.value == 0.0
-    margin = 3.182446 * math.sqrt(2 / 3) / 2  # t table, three degrees of freedom; the differences are 0, 1, 0, -1
-    assert (metric.drop.low, metric.drop.high) == pytest.approx((-margin, margin), rel=1e-6)
-
-
-def test_label_metric_needs_a_label_for_each_example() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        label_metric(outputs([1, 2], [2, 1]), outputs([1, 2], [2, 1]), [1])
-
-
 def accuracy(**changed: Any) -> Accuracy:
     """One that just passes the gates."""
     at_the_gates = Accuracy(
         drop=Interval(0.0005, 0.0, 0.001), worst_drop=0.01, relative_error=math.sqrt(0.02), max_error=9.0, top1=0.991,
-        cells={"1x32": 0.01}, examples=1000, metric=Metric("accuracy", 0.5, 0.5, Interval(0.0, -1.0, 1.0)),
+        cells={"1x32": 0.01}, examples=1000, metrics=(metric(0.5, 0.5),),
     )  # fmt: skip
     return dataclasses.replace(at_the_gates, **changed)
 
 
 def metric(reference: float, candidate: float) -> Metric:
-    return Metric("accuracy", reference, candidate, Interval(reference - candidate, -1.0, 1.0))
+    return Metric("accuracy", reference, candidate, Interval(reference - candidate, -1.0, 1.0), None, 100, 0.04)
 
 
 @pytest.mark.parametrize(
     "changed",
     [
         {},
-        {"top1": None, "metric": None, "cells": {}},
+        {"top1": None, "metrics": (), "cells": {}},
         {"drop": Interval(-0.1, -0.2, -0.0)},
         {"top1": 1 - 1 / 75, "examples": 75},  # one answer may differ, of however few
         {"top1": 1 - 1 / 8, "examples": 8},
-        {"metric": metric(0.5, 0.9)},
-        {"metric": metric(0.5, 0.4995)},
+        {"metrics": (metric(0.5, 0.9),)},
+        {"metrics": (metric(0.5, 0.4995),)},
     ],
 )
 def test_what_passes(changed: dict[str, Any]) -> None:
@@ -207,14 +191,14 @@ def test_what_passes(changed: dict[str, Any]) -> None:
         ({"cells": {"1x32": math.nan}}, "cell 1x32 drops by nan"),
         ({"top1": 0.98}, "2.0% of the answers differ, more than 10 times the gate of 0.001"),
         ({"top1": 1 - 2 / 8, "examples": 8}, "25.0% of the answers differ"),
-        ({"metric": metric(0.9, 0.89)}, "accuracy drops by 0.0100, above the gate of 0.001"),
+        ({"metrics": (metric(0.9, 0.89),)}, "accuracy drops by 0.0100, above the gate of 0.001"),
     ],
 )
 def test_what_is_rejected_and_why(changed: dict[str, Any], reason: str) -> None:
     assert str(why_rejected(accuracy(**changed), GATES)).startswith(reason)
 
 
-@pytest.mark.parametrize("changed", [{"top1": 0.99}, {"metric": metric(0.9, 0.899)}])
+@pytest.mark.parametrize("changed", [{"top1": 0.99}, {"metrics": (metric(0.9, 0.899),)}])
 def test_what_lies_on_a_gate_passes(changed: dict[str, Any]) -> None:
     assert why_rejected(accuracy(**changed), GATES) is None
 
