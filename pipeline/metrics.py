@@ -36,10 +36,11 @@ class Metric:
 
     def why_rejected(self, allowed: float) -> str | None:
         """By the interval's upper end where the data can resolve the gate, by the estimate where they cannot."""
+        words, gate = f"{self.name} drops by {self.drop.value:.4f}", f"above the gate of {allowed:g}"
         if self.resolution <= allowed < self.drop.high:
-            return f"{self.name} drops by {self.drop.value:.4f} (at most {self.drop.high:.4f}), above the gate of {allowed:g}"
+            return f"{words} (at most {self.drop.high:.4f}), {gate}"
         if self.resolution > allowed and not self.drop.value <= allowed * (1 + 1e-9):
-            return f"{self.name} drops by {self.drop.value:.4f}, above the gate of {allowed:g}"
+            return f"{words}, {gate}"
         return None
 
     def what_it_leaves_open(self, allowed: float) -> str | None:
