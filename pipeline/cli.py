@@ -44,6 +44,9 @@ def main_group() -> None:
 @click.option("--min-speedup", type=float, default=1.05, show_default=True, help="What the speedup must be above.")
 @click.option("--workload", default="1x32,1x128,8x128", show_default=True, help="Cells to measure, batch x tokens.")
 @click.option("--budget", default="3m", show_default=True, help="Time for measuring all candidates together.")
+@click.option(
+    "--objective", default="latency", show_default=True, help="Emit the best at: latency, throughput, memory, size."
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report here too.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Store and runs. [default: $OPTIMIZE_CACHE or ~/.cache]")

@@ -145,6 +145,15 @@ class Gates:
     min_speedup: float = 1.05  # the lower end of the speedup's interval must be above it
 
 
+class Objective(StrEnum):
+    """What the best of those that pass is best at."""
+
+    LATENCY = "latency"  # speedup over all cells of the workload
+    THROUGHPUT = "throughput"  # speedup at the cell with the most tokens
+    MEMORY = "memory"  # peak resident memory
+    SIZE = "size"  # bytes on disk
+
+
 class Session(Protocol):
     """A live model in a worker process. It never returns a view of a buffer that the next call overwrites."""
 

@@ -15,7 +15,7 @@ from typing import cast
 
 from filelock import FileLock, Timeout
 
-from optimize.pipeline.contract import Checkpoint, Gates, Recipe, Target
+from optimize.pipeline.contract import Checkpoint, Gates, Objective, Recipe, Target
 from optimize.pipeline.emit import check_out
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.manifest import Report
@@ -44,6 +44,7 @@ class Request:
     min_speedup: float = Gates.min_speedup
     workload: str = DEFAULT_WORKLOAD
     budget: str = DEFAULT_BUDGET
+    objective: str = Objective.LATENCY
     cache: Path | None = None
 
     def plan(self) -> Planned:
@@ -52,7 +53,7 @@ class Request:
         checkpoints = importlib.import_module("optimize.models.checkpoint")
         examples = importlib.import_module("optimize.models.examples")
         tasks = importlib.import_module("optimize.models.tasks")
-        budget = parse_budget(self.budget)
+        budget, objective = parse_budget(self.budget), _objective(self.objective)
         target, defaults = find_target(self.target)
         explicit = tuple(parse(text) for text in self.recipes)
         cache = cache_folder(self.cache)
@@ -70,7 +71,7 @@ class Request:
         )  # fmt: skip
         pooling = tasks.sentence_pooling(checkpoint.folder) if task.name == "sentence-similarity" else None
         texts = Texts(read.source, read.evaluation, read.calibration, read.labels, pooling, task.top1)
-        return Planned(plan, texts, Store(cache / "store"), cache, out)
+        return Planned(plan, texts, Store(cache / "store"), cache, out, objective)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Planned:
     store: Store
     cache: Path
     out: Path
+    objective: Objective
 
     def run(self, progress: Progress) -> Report:
         """Run the plan. Raises OptimizeError when the run itself cannot go on; see Report.exit_code otherwise."""
@@ -94,7 +96,7 @@ class Planned:
             ) from None
         try:
             with lock:  # for as long as the run lives, however it ends: `prune` looks at it
-                return Run(self.plan, self.texts, self.store, folder, progress).execute(self.out)
+                return Run(self.plan, self.texts, self.store, folder, progress, self.objective).execute(self.out)
         finally:
             progress.close()
 
@@ -160,6 +162,13 @@ class TargetModule:
     def recipes(self, checkpoint: Checkpoint, target: Target) -> tuple[Recipe, ...]:
         """The candidates for a checkpoint."""
         raise NotImplementedError
+
+
+def _objective(text: str) -> Objective:
+    try:
+        return Objective(text)
+    except ValueError:
+        raise RequestError(f"--objective {text!r} is none of {', '.join(Objective)}") from None
 
 
 def parse_budget(text: str) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimize.pipeline.accuracy import Accuracy
-from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Target
+from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Objective, Target
 from optimize.pipeline.errors import ArtifactError
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.plan import installed_version
@@ -86,6 +86,7 @@ class Report:
     left_out: dict[str, str]
     candidates: tuple[Candidate, ...]
     emitted: str | None
+    objective: Objective  # what the emitted one is best at, of those that passed
     seconds: dict[str, float]  # of the run's phases: prepare, build, evaluate, measure, emit
     baseline: Baseline | None  # None when nothing was timed
 

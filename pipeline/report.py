@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from optimize.pipeline.errors import ExitCode
 from optimize.pipeline.manifest import Report
-from optimize.pipeline.verdict import Candidate, Status
+from optimize.pipeline.verdict import Candidate, Status, pareto
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,7 +66,9 @@ def _table(report: Report, *, wide: bool) -> object:
     table = Table(
         box=SIMPLE, pad_edge=False, title_justify="left",
         caption=f"speedup over eager {report.checkpoint.dtype}, 99% intervals; gates: drop <= {gates.max_drop:g}, "
-        f"speedup > {gates.min_speedup:g}", caption_justify="left",
+        f"speedup > {gates.min_speedup:g}; best {report.objective} is emitted\n"
+        "*: no other that passed is better in latency, throughput, memory or size without being worse in another",
+        caption_justify="left",
     )  # fmt: skip
     workload = report.workload if wide or len(report.workload) > 1 else ()
     titles = ["cosine", *(["worst"] if wide else []), *map(str, workload), "overall", "mem\nMiB", "size\nMiB"]
@@ -78,9 +80,11 @@ def _table(report: Report, *, wide: bool) -> object:
         costs = [_mib(report.baseline.peak_memory), "", *(["", f"{report.baseline.load_seconds:.1f}"] if wide else [])]
         blanks = ["", *([""] if wide else []), *["1"] * (len(workload) + 1)]
         table.add_row("eager (baseline)", *blanks, *costs, "")
+    best = pareto(report.candidates)
     for candidate in sorted(report.candidates, key=_rank):
         style = "bold green" if candidate.name == report.emitted else STYLES.get(candidate.status, "red")
         verdict = "emitted" if candidate.name == report.emitted else str(candidate.status)
+        verdict += " *" if candidate.name in best else ""
         table.add_row(candidate.name, *_cells(candidate, len(workload), wide), f"[{style}]{verdict}[/]")
     return table
 

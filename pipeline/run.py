@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optimize.pipeline.contract import Artifact, Kind, StepFacts
+from optimize.pipeline.contract import Artifact, Kind, Objective, StepFacts
 from optimize.pipeline.emit import emit
 from optimize.pipeline.errors import OptimizeError, PassError, RequestError, WorkerError
 from optimize.pipeline.manifest import SCHEMA_VERSION, Baseline, Evaluation, Report, host_of, source_of
@@ -46,6 +46,7 @@ class Run:
     store: Store
     folder: Path  # of this run: logs, encoded text, outputs, samples
     progress: Progress
+    objective: Objective = Objective.LATENCY
     candidates: list[Candidate] = field(default_factory=list)
     artifacts: dict[str, Artifact] = field(default_factory=dict)  # of the recipes that were built, by name
     failed: dict[str, str] = field(default_factory=dict)  # key of a step that failed in this run -> why
@@ -71,7 +72,7 @@ class Run:
             self._end_builder()
         self._try_all(reference)
         (self.folder / "samples.json").write_text(json.dumps(self.samples))
-        winner, code = choose(self.candidates)
+        winner, code = choose(self.candidates, self.objective)
         if winner is not None:
             with self._phase("emit"):
                 emit(self._report(winner, code), winner, self.artifacts[winner.name], self.folder, self.trial, out)
@@ -265,6 +266,7 @@ class Run:
             host=host_of(plan.target),
             workload=plan.workload,
             gates=plan.gates,
+            objective=self.objective,
             evaluation=Evaluation(texts.source, plan.calibration_digest, texts.pooling, texts.top1, texts.labels),
             left_out={left.recipe.name: left.reason for left in plan.left_out},
             candidates=tuple(self.candidates),

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from optimize.pipeline.accuracy import Accuracy
-from optimize.pipeline.contract import Gates, Kind
+from optimize.pipeline.contract import Gates, Kind, Objective
 from optimize.pipeline.errors import ExitCode
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.statistics import Difference, Interval, difference
@@ -88,14 +88,18 @@ def _what_would_tell(interval: Interval, gate: float) -> str:
     return f"about {math.ceil(times)} times the budget would tell, if the host stays as it is"
 
 
-def choose(candidates: Sequence[Candidate]) -> tuple[Candidate | None, ExitCode]:
-    """The candidate to emit: among those that passed, the one whose speedup is best at the interval's lower end.
+def choose(
+    candidates: Sequence[Candidate], objective: Objective = Objective.LATENCY
+) -> tuple[Candidate | None, ExitCode]:
+    """The candidate to emit: of those that passed, the best at the objective; speeds by their interval's lower end.
 
     Without one, the exit code names the stage that the best of them reached.
     """
     passed = [each for each in candidates if each.status == Status.PASSED and each.speed is not None]
     if passed:
-        return max(passed, key=lambda each: each.speed.overall.low if each.speed else 0.0), ExitCode.EMITTED
+        return max(
+            passed, key=lambda each: (_merit(each, objective), _merit(each, Objective.LATENCY))
+        ), ExitCode.EMITTED
     reached = {each.status for each in candidates}
     for status, code in (
         (Status.INCONCLUSIVE, ExitCode.INCONCLUSIVE),
@@ -106,3 +110,29 @@ def choose(candidates: Sequence[Candidate]) -> tuple[Candidate | None, ExitCode]
         if status in reached:
             return None, code
     return None, ExitCode.NOT_BUILT
+
+
+def pareto(candidates: Sequence[Candidate]) -> frozenset[str]:
+    """Names of those that passed and that no other one beats at something while being as good at everything else."""
+    passed = [each for each in candidates if each.status == Status.PASSED and each.speed is not None]
+    merits = {each.name: tuple(_merit(each, objective) for objective in Objective) for each in passed}
+    return frozenset(
+        name
+        for name, own in merits.items()
+        if not any(
+            other != own and all(theirs >= ours for theirs, ours in zip(other, own, strict=True))
+            for other in merits.values()
+        )
+    )
+
+
+def _merit(candidate: Candidate, objective: Objective) -> float:
+    """Larger is better. Only for candidates that were measured."""
+    assert candidate.speed is not None
+    if objective is Objective.LATENCY:
+        return candidate.speed.overall.low
+    if objective is Objective.THROUGHPUT:
+        largest = max(candidate.speed.cells, key=lambda each: each.cell.batch * each.cell.sequence)
+        return largest.speedup.low
+    cost = candidate.peak_memory if objective is Objective.MEMORY else candidate.size
+    return -math.inf if cost is None else -float(cost)

@@ -401,6 +401,7 @@ CASES = (
     Case("drop-large", "--max-drop 2", option(max_drop=2), "--max-drop 2 is not above 0 and at most 1"),
     Case("drop-nan", "--max-drop nan", option(max_drop=math.nan), "--max-drop nan is not"),
     Case("drop-text", "--max-drop that is no number", option(max_drop="little"), "is not a valid float", json=False),
+    Case("objective", "--objective beauty", option(objective="beauty"), "--objective 'beauty' is none of latency, "),
     Case("speedup-none", "--min-speedup 0", option(min_speedup=0), "--min-speedup 0 is not above 0"),
     Case("speedup-nan", "--min-speedup nan", option(min_speedup=math.nan), "--min-speedup nan is not"),
     Case("speedup-inf", "--min-speedup inf", option(min_speedup=math.inf), "--min-speedup inf is not"),

@@ -10,8 +10,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from optimize.pipeline.accuracy import Accuracy, Metric
-from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Target
+from optimize.pipeline.accuracy import Accuracy
+from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Objective, Target
 from optimize.pipeline.errors import ArtifactError, ExitCode
 from optimize.pipeline.manifest import (
     FILE,
@@ -27,6 +27,7 @@ from optimize.pipeline.manifest import (
     to_json,
 )
 from optimize.pipeline.measure import CellSpeed, Speed
+from optimize.pipeline.metrics import Metric
 from optimize.pipeline.statistics import Interval
 from optimize.pipeline.verdict import Candidate, Status, StepReport
 
@@ -39,7 +40,7 @@ def manifest(checkpoint: Checkpoint, target: Target) -> Manifest:
     drop, ratio = Interval(0.0002, 0.0001, 0.0003), Interval(2.1, 2.0, 2.2)
     accuracy = Accuracy(
         drop, 0.002, 0.03, 0.4, 0.99, {str(cell): 0.0003 for cell in cells}, 210,
-        Metric("accuracy", 0.91, 0.9095, Interval(0.0005, -0.001, 0.002)),
+        (Metric("accuracy", 0.91, 0.9095, Interval(0.0005, -0.001, 0.002), 0.4, 210, 0.02),),
     )  # fmt: skip
     speed = Speed(ratio, tuple(CellSpeed(cell, ratio, 0.02, 0.01) for cell in cells), 12)
     winner = Candidate(
@@ -52,7 +53,7 @@ def manifest(checkpoint: Checkpoint, target: Target) -> Manifest:
     report = Report(
         SCHEMA_VERSION, "2026-01-02T03:04:05+00:00", ExitCode.EMITTED, source_of(checkpoint), host_of(target), cells,
         Gates(), Evaluation("shipped text", "d" * 64, "mean", False, (0, 1, 1)), {"eager-bf16": "no bfloat16"},
-        (winner, lost), winner.name, {"build": 15.0}, Baseline(0.5, 0.1, 1 << 29),
+        (winner, lost), winner.name, Objective.LATENCY, {"build": 15.0}, Baseline(0.5, 0.1, 1 << 29),
     )  # fmt: skip
     return Manifest(SCHEMA_VERSION, Kind.ONNX, winner.recipe, {"model.onnx": "9" * 64}, accuracy, speed, report)
 

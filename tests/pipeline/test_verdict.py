@@ -1,14 +1,15 @@
 """Verdicts: the speed gate at its borders, which candidate wins, and the exit code of every mixture."""
 
+import dataclasses
 import itertools
 
 import pytest
 
-from optimize.pipeline.contract import Cell, Gates, Kind
+from optimize.pipeline.contract import Cell, Gates, Kind, Objective
 from optimize.pipeline.errors import ExitCode
 from optimize.pipeline.measure import CellSpeed, Speed
 from optimize.pipeline.statistics import Interval
-from optimize.pipeline.verdict import Candidate, Status, StepReport, choose, judge_speed
+from optimize.pipeline.verdict import Candidate, Status, StepReport, choose, judge_speed, pareto
 
 ABOVE, BELOW = 1.0500001, 1.0499999
 
@@ -110,3 +111,33 @@ def test_build_seconds_count_cached_steps_too() -> None:
     built = candidate(Status.PASSED)
     built.steps += [StepReport("export-onnx", "k", True, 2.0, 1), StepReport("quantize-onnx", "l", False, 0.5, 1)]
     assert built.build_seconds == 2.5
+
+
+def costing(name: str, low: float, largest: float, memory: int, size: int) -> Candidate:
+    """A candidate that passed, with the lower ends of its speedups overall and at 8x128."""
+    cells = tuple(
+        CellSpeed(cell, Interval(end, end, end), 1.0, 1.0)
+        for cell, end in ((Cell(1, 32), 9.0), (Cell(8, 128), largest), (Cell(1, 128), 9.0))
+    )
+    measured = Speed(Interval(low + 0.1, low, low + 0.2), cells, 8)
+    return Candidate(name, "export-onnx", Kind.ONNX, Status.PASSED, speed=measured, peak_memory=memory, size=size)
+
+
+FOUR = [costing("quick", 3.0, 1.5, 900, 90), costing("wide", 2.0, 2.5, 800, 80), costing("lean", 1.5, 1.2, 300, 70),
+        costing("small", 1.2, 1.1, 400, 20)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("objective", "name"), zip(Objective, ("quick", "wide", "lean", "small"), strict=True))
+def test_the_objective_chooses_among_those_that_passed(objective: Objective, name: str) -> None:
+    better = [dataclasses.replace(each, name="lost", status=Status.INACCURATE) for each in FOUR]
+    winner, code = choose([*better, *FOUR], objective)
+    assert winner is not None
+    assert (winner.name, code) == (name, ExitCode.EMITTED)
+
+
+def test_the_pareto_set_leaves_out_only_what_another_one_beats() -> None:
+    beaten = costing("beaten", 1.9, 2.5, 800, 80)
+    twin = costing("twin", 2.0, 2.5, 800, 80)
+    assert pareto([*FOUR, beaten]) == {"quick", "wide", "lean", "small"}
+    assert pareto([*FOUR, twin]) == {"quick", "wide", "twin", "lean", "small"}
+    assert pareto([dataclasses.replace(each, status=Status.NOT_FASTER) for each in FOUR]) == frozenset()
