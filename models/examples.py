@@ -25,6 +25,7 @@ SHIPPED = Path(__file__).parent / "data" / "text.jsonl"
 MAX_CALIBRATION = 128  # examples
 MAX_EVALUATION = 1024
 MIN_EVALUATION = 8
+MAX_CELL = 1 << 24  # characters of one cell of a .csv
 BATCH_SIZES = (1, 2, 8)  # evaluation batches, in turn: none is the batch that exporters trace with padding alone
 ALIASES = {"text": ("text", "sentence", "sentence1"), "text_pair": ("text_pair", "sentence2")}
 
@@ -58,7 +59,7 @@ def read_examples(data: str | None, task: Task, id2label: Mapping[int, str] | No
     pair = next((name for name in ALIASES["text_pair"] if rows and name in rows[0]), None)
     if "text" in columns and pair and task.name != "sentence-similarity":
         columns["text_pair"] = pair
-    label = task.label_column if data is not None and rows and task.label_column in rows[0] else None
+    label = task.label_column if data is not None and any(task.label_column in row for row in rows) else None
     seen: set[str] = set()
     kept: list[tuple[Row, int | None]] = []
     for number, row in enumerate(rows, start=1):
@@ -147,8 +148,7 @@ def _rows(data: str) -> list[Row]:
         if path.suffix in (".jsonl", ".json") and path.is_file():
             rows = _jsonl(path)
         elif path.suffix == ".csv" and path.is_file():
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file, strict=True))
+            rows = _csv(path)
         elif path.suffix == ".parquet" and path.is_file():
             import pyarrow.parquet
 
@@ -158,10 +158,28 @@ def _rows(data: str) -> list[Row]:
             raise RequestError(f"--data {data} {state}", hint="give a file, or the id of a dataset on the hub")
         else:
             rows = _hub_dataset(data)
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--data {data} is not UTF-8: {error}", hint="save it as UTF-8") from error
     except (OSError, ValueError, csv.Error) as error:  # ArrowInvalid is a ValueError
         raise RequestError(f"--data {data} cannot be read: {error}") from error
     if not rows:
         raise RequestError(f"--data {data} has no rows")
+    return rows
+
+
+def _csv(path: Path) -> list[Row]:
+    csv.field_size_limit(MAX_CELL)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, strict=True)
+        names = list(reader.fieldnames or ())
+        if len(set(names)) < len(names):
+            raise RequestError(f"--data {path}: two columns have one name", hint=f"columns found: {', '.join(names)}")
+        rows: list[Row] = list(reader)
+    for number, row in enumerate(rows, start=1):
+        if None in row:
+            raise RequestError(
+                f"--data {path}: row {number} has more cells than the header", hint="quote text that holds commas"
+            )
     return rows
 
 
@@ -172,8 +190,10 @@ def _jsonl(path: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise RequestError(f"--data {path}: line {number} is not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise RequestError(
+                f"--data {path}: line {number} is not JSON: {error}", hint='write {"text": "..."}'
+            ) from None
         if not isinstance(row, dict):
             raise RequestError(f"--data {path}: line {number} is not a JSON object", hint='write {"text": "..."}')
         rows.append(row)
@@ -207,6 +227,8 @@ def _text(value: object, column: str, number: int, data: str | None) -> str:
     if not isinstance(value, str) or not value.strip():
         what = "is empty" if value in (None, "") or isinstance(value, str) else f"is not text ({value!r})"
         raise RequestError(f"--data {data}: row {number}: {column} {what}", hint="remove the row, or fill the cell")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise RequestError(f"--data {data}: row {number}: {column} is not Unicode text (a lone surrogate)")
     return value
 
 
@@ -216,6 +238,8 @@ def _label(value: object, number: int, data: str | None, id2label: Mapping[int, 
         return by_name[value]
     try:
         index = int(value) if isinstance(value, str) else value
+        if isinstance(value, float) and value.is_integer():
+            index = int(value)  # what data frames make of integers in a column with gaps
     except ValueError:
         index = None
     if isinstance(index, int) and not isinstance(index, bool) and index in id2label:

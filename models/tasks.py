@@ -65,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint's file. Raises CheckpointError for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
+    except (ValueError, OSError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object")

@@ -7,6 +7,7 @@ import errno
 import inspect
 import json
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -60,7 +61,8 @@ def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **opti
     logging.getLogger("optimize").addHandler(NoteHandler(Lines(console)))
     logging.getLogger("optimize").setLevel(logging.DEBUG if verbose else logging.WARNING)
     with _errors_to(json_file):
-        _check_writable(json_file)
+        if not dry_run:
+            _check_writable(json_file)
         planned = Request(**options).plan()
         if dry_run:
             console.print(planned.plan.describe(planned.store), markup=False, highlight=False, soft_wrap=True)
@@ -233,7 +235,10 @@ def repeat(request: Path) -> int:
 
 def main() -> NoReturn:
     """The console script: turns outcomes into exit codes, and errors into words."""
-    signal.signal(signal.SIGTERM, _interrupted)
+    _open_standard_descriptors()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _interrupted)
     try:
         code = main_group.main(standalone_mode=False)
     except click.exceptions.Abort:
@@ -252,7 +257,16 @@ def main() -> NoReturn:
     sys.exit(int(code or 0))
 
 
+def _open_standard_descriptors() -> None:
+    """Whoever closed one of them would else find a worker's pipe in its place."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 def _interrupted(number: int, frame: object) -> NoReturn:
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)  # what ends workers and removes what is half-written is not broken off
     raise KeyboardInterrupt
 
 
@@ -284,6 +298,8 @@ def _check_writable(json_file: Path | None) -> None:
     try:
         if json_file.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if json_file.is_fifo():
+            raise OSError(errno.EINVAL, "it is a pipe, which would wait for a reader")
         json_file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=json_file.parent):  # elsewhere than in the file: nothing is left half-written
             pass
@@ -311,8 +327,13 @@ def _store(cache_path: Path | None) -> Any:
 def _console() -> Any:
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+    class Tireless(Console):
+        def on_broken_pipe(self) -> None:
+            """Go on when nobody reads any more: the product is the folder, not the output."""
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    console = Tireless()
+    return console if console.is_terminal else Tireless(width=200)
 
 
 def _table(*titles: str) -> Any:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from optimize.pipeline.contract import Checkpoint, Gates, Objective, Recipe, Target
 from optimize.pipeline.emit import check_out
-from optimize.pipeline.errors import RequestError
+from optimize.pipeline.errors import OptimizeError, RequestError
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.plan import DEFAULT_WORKLOAD, Plan, make_plan
 from optimize.pipeline.progress import Progress
@@ -97,6 +97,12 @@ class Planned:
         try:
             with lock:  # for as long as the run lives, however it ends: `prune` looks at it
                 return Run(self.plan, self.texts, self.store, folder, progress, self.objective).execute(self.out)
+        except (OSError, OptimizeError) as error:
+            if folder.exists():
+                raise
+            raise OptimizeError(
+                f"the run's folder {folder} was removed while it was going on", hint="run the same command again"
+            ) from error
         finally:
             progress.close()
 

@@ -65,6 +65,11 @@ def emit(report: Report, winner: Candidate, artifact: Artifact, run: Path, trial
         package.chmod(0o755)
         package.rename(out)
     except OSError as error:
+        if out.exists() or out.is_symlink():
+            raise RequestError(
+                f"--out {out} is not empty any more: nothing is overwritten",
+                hint="name another folder with --out; what was built is kept",
+            ) from error
         raise OptimizeError(f"{out} cannot be written: {error}", hint="free some space, then run again") from error
     finally:
         shutil.rmtree(package, ignore_errors=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from optimize.pipeline.contract import Artifact, Kind, Objective, StepFacts
 from optimize.pipeline.emit import emit
-from optimize.pipeline.errors import OptimizeError, PassError, RequestError, WorkerError
+from optimize.pipeline.errors import CheckpointError, OptimizeError, PassError, RequestError, WorkerError
 from optimize.pipeline.manifest import SCHEMA_VERSION, Baseline, Evaluation, Report, host_of, source_of
 from optimize.pipeline.measure import compare
 from optimize.pipeline.plan import Plan, PlannedRecipe, Step
@@ -54,6 +54,10 @@ class Run:
     baseline: Baseline | None = None
     samples: dict[str, Any] = field(default_factory=dict)  # raw seconds by candidate: see measure.Samples
     _builder: WorkerProcess | None = None
+    _stamps: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # of the checkpoint's files, as planned
+
+    def __post_init__(self) -> None:
+        self._stamps = self._stamp()
 
     def execute(self, out: Path) -> Report:
         """Do all of it, and emit the winner into `out` if there is one.
@@ -74,6 +78,7 @@ class Run:
         (self.folder / "samples.json").write_text(json.dumps(self.samples))
         winner, code = choose(self.candidates, self.objective)
         if winner is not None:
+            self._check_checkpoint()
             with self._phase("emit"):
                 emit(self._report(winner, code), winner, self.artifacts[winner.name], self.folder, self.trial, out)
         return self._report(winner, code)
@@ -105,6 +110,7 @@ class Run:
                 max_length=checkpoint.max_length, out=str(self.folder),
             )  # fmt: skip
         except WorkerError as error:
+            self._check_checkpoint()
             hint = error.hint or f"see {self.folder / 'logs' / 'build.log'}"
             raise _unusable(f"{checkpoint.model_id}: its tokenizer cannot be used", error, hint) from error
 
@@ -121,6 +127,7 @@ class Run:
                     for batches in (TEXT, CELLS)
                 }
         except (WorkerError, PassError, ValueError) as error:
+            self._check_checkpoint()
             message = f"{checkpoint.model_id}: its float32 reference does not run, so nothing can be judged"
             raise _unusable(message, error, f"see the logs in {self.folder / 'logs'}") from error
 
@@ -183,6 +190,7 @@ class Run:
             with self.store.building(step.key) as out:
                 worker = self._build_worker(step.step.toolchain)
                 made = worker.ask("build", limit=STEP_LIMIT, progress=self.progress.tick, out=str(out), **arguments)
+                self._check_checkpoint()  # its key names the bytes that were planned with
                 return self.store.publish(step.key, step.step.produces, out, step.text, StepFacts(**made))
         except (WorkerError, OSError) as error:
             self._end_builder()  # the next step gets a fresh process: this one may hold anything
@@ -207,6 +215,7 @@ class Run:
         built = [candidate for candidate in self.candidates if candidate.name in self.artifacts]
         if not built:
             return
+        self._check_checkpoint()
         with self._phase("measure"):
             opened = self.trial.open("baseline", Kind.CHECKPOINT, self.plan.checkpoint.folder)
         with opened.worker as baseline:
@@ -274,6 +283,23 @@ class Run:
             seconds={name: round(seconds, 2) for name, seconds in self.seconds.items()},
             baseline=self.baseline,
         )
+
+    def _stamp(self) -> dict[str, tuple[int, int, int]]:
+        checkpoint = self.plan.checkpoint
+        found = {name: (checkpoint.folder / name).stat() for name in checkpoint.files}
+        return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in found.items()}
+
+    def _check_checkpoint(self) -> None:
+        """Nothing may be built, timed or emitted from other bytes than were planned with. Raises CheckpointError."""
+        try:
+            changed = [name for name, stamp in self._stamp().items() if stamp != self._stamps[name]]
+        except OSError as error:
+            changed = [f"{error.filename} ({error.strerror})"]
+        if changed:
+            raise CheckpointError(
+                f"{self.plan.checkpoint.folder} was changed while the run was going on: {changed[0]}",
+                hint="run the same command again, and leave the folder alone meanwhile",
+            )
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -88,6 +88,11 @@ def verify_folder(folder: Path, budget: float) -> Verification:
                 speed, remark = None, None
                 if rejected is None:
                     speed, remark = _speed(trial, manifest, worker, budget)
+        except (KeyError, ValueError, ZeroDivisionError) as error:
+            raise ArtifactError(
+                f"{folder / FILE} does not fit the evidence: {type(error).__name__}: {error}",
+                hint="emit it again, or copy it again from where it is whole",
+            ) from error
         except WorkerError as error:
             raise OptimizeError(f"{folder} does not run on this host: {problem_text(error)}") from error
     code = ExitCode.NOT_ACCURATE if rejected else ExitCode.EMITTED

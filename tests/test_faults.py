@@ -2,6 +2,8 @@
 
 import os
 import random
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,11 +206,82 @@ def test_ctrl_c_kills_the_workers_and_keeps_the_store(tiny: Path, tmp_path: Path
     assert list(cache.glob("store/building/*")) == []
 
 
+def test_a_checkpoint_that_changes_meanwhile_poisons_nothing(tiny: Path, cli: Cli, tmp_path: Path) -> None:
+    cache, model = tmp_path / "cache", tmp_path / "model"
+    shutil.copytree(tiny, model)
+    run = _start(model, cache, tmp_path / "out", "export-onnx")
+    while not list(cache.glob("store/building/*/data")):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
+    os.utime(model / "model.safetensors")  # as if other weights had been copied over them
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 2, output
+    assert "was changed while the run was going on: model.safetensors" in output
+    assert not (tmp_path / "out").exists()
+    assert not Store(cache / "store").keys()
+
+
+@pytest.mark.parametrize(("what", "code", "words"), [
+    ("cache", 1, "was removed while it was going on"),
+    ("out", 2, "is not empty any more: nothing is overwritten"),
+    ("reader", 0, ""),
+])  # fmt: skip
+def test_what_is_taken_away_under_a_run_is_said(what: str, code: int, words: str, tiny: Path, tmp_path: Path) -> None:
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    run = _start(tiny, cache, out, "export-onnx")
+    while not list(cache.glob("runs/*/logs/baseline.log")):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
+    if what == "cache":
+        shutil.rmtree(cache)
+    if what == "out":
+        out.mkdir()
+        (out / "theirs").write_text("theirs")
+    if what == "reader":
+        assert run.stdout is not None
+        run.stdout.close()
+        assert run.wait(timeout=300) == code
+        assert (out / "optimize.json").exists()
+        return
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == code, output
+    assert words in output
+    assert "Traceback" not in output
+    assert what != "out" or [path.name for path in out.iterdir()] == ["theirs"]
+
+
+def test_closed_descriptors_do_not_become_a_workers_pipe(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "optimize.pipeline.cli", str(tiny), "--recipe", "export-onnx", *QUICK]
+    line = f"{shlex.join([*command, '--out', str(tmp_path / 'out')])} <&- >&- 2>&-"
+    environment = os.environ | {"OPTIMIZE_CACHE": str(tmp_path / "cache")}
+    assert subprocess.run(["bash", "-c", line], env=environment, timeout=300, check=False).returncode == 0
+
+
+def test_a_hangup_ends_a_run_like_ctrl_c(tiny: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    run = _start(tiny, cache, tmp_path / "out", "export-onnx")
+    while not list(cache.glob("store/building/*/data")):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    run.send_signal(signal.SIGHUP)
+    run.send_signal(signal.SIGINT)  # a second signal does not break off what the first one set going
+    output, _ = run.communicate(timeout=30)
+    assert run.returncode == 130, output
+    assert list(cache.glob("store/building/*")) == []
+
+
 def _start(model: Path, cache: Path, out: Path, recipe: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "optimize.pipeline.cli", model, "--recipe", recipe, *QUICK, "--out", out],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OPTIMIZE_CACHE": str(cache)},
+        preexec_fn=_heed_signals,
     )  # fmt: skip
+
+
+def _heed_signals() -> None:
+    """As in a terminal: what runs the tests in the background may ignore these, and children inherit that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _damaged(cache: Path) -> list[str]:

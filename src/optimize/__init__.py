@@ -26,20 +26,24 @@ def load(folder: str | Path) -> LoadedModel:
     return load_folder(Path(folder))
 
 
-def compile(model: str, *, json: str | Path | None = None, **options: Any) -> Report:
+def compile(model: str | Path, *, json: str | Path | None = None, **options: Any) -> Report:
     """`optimize MODEL` as a function: options are those of the command line, with underscores.
 
-    `recipes` is a sequence of recipe texts; `out` and `cache` are paths. Returns the report, whose `exit_code` is the
-    command's; raises optimize.pipeline.errors.RequestError for what cannot be planned.
+    `recipes` is a recipe text or a sequence of them; `budget` may be seconds; `out` and `cache` are paths. Returns the
+    report, whose `exit_code` is the command's; raises optimize.pipeline.errors.RequestError for what cannot be planned.
     """
     from optimize.pipeline.driver import Request
     from optimize.pipeline.manifest import to_json
     from optimize.pipeline.progress import Progress
 
+    if isinstance(options.get("recipes"), str):
+        options["recipes"] = [options["recipes"]]
+    if isinstance(options.get("budget"), int | float):
+        options["budget"] = f"{options['budget']}s"
     for name in ("out", "cache"):
         if options.get(name) is not None:
             options[name] = Path(options[name])
-    planned = Request(model, **options).plan()
+    planned = Request(str(model), **options).plan()
     if json is not None:
         Path(json).parent.mkdir(parents=True, exist_ok=True)  # before the run of minutes, not after it
     report = planned.run(Progress())
