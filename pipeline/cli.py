@@ -282,10 +282,12 @@ def _errors_to(json_file: Path | None) -> Iterator[None]:
     """Write the error of a refusal to --json, too; that this fails must not hide the refusal."""
     try:
         yield
-    except OptimizeError as error:
+    except (OptimizeError, KeyboardInterrupt) as error:
+        code = error.exit_code if isinstance(error, OptimizeError) else ExitCode.INTERRUPTED
         if json_file is not None:
             try:
-                _write(json_file, json.dumps({"exit_code": error.exit_code, "error": str(error)}, indent=1) + "\n")
+                words = str(error) or "interrupted"
+                _write(json_file, json.dumps({"exit_code": code, "error": words}, indent=1) + "\n")
             except OptimizeError as unwritten:
                 click.echo(f"error: {unwritten.message}", err=True)
         raise
@@ -303,6 +305,8 @@ def _check_writable(json_file: Path | None) -> None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=json_file.parent):  # elsewhere than in the file: nothing is left half-written
             pass
+        if json_file.is_file():
+            json_file.unlink()  # so that an older report is never taken for this run's, however this one ends
     except OSError as error:
         raise RequestError(
             f"--json {json_file} cannot be written: {error.strerror}", hint="name another file"

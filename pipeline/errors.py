@@ -10,7 +10,7 @@ from enum import IntEnum
 class ExitCode(IntEnum):
     EMITTED = 0  # an artifact that passes all gates was emitted
     BUG = 1  # anything else, with a traceback
-    REFUSED = 2  # the request cannot be planned; nothing ran
+    REFUSED = 2  # the request cannot be planned, or the checkpoint cannot be used; nothing was emitted
     NOT_BUILT = 3  # every recipe failed
     NOT_ACCURATE = 4  # something was built, none is accurate enough
     NOT_FASTER = 5  # accurate, but none is faster than the gate demands
