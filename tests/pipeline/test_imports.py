@@ -23,7 +23,6 @@ FRAMEWORKS = frozenset(
         "nncf",
         "datasets",
         "accelerate",
-        "sklearn",
     )
 )
 ABOVE = {  # what a folder may not import at the top

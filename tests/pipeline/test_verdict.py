@@ -127,7 +127,7 @@ FOUR = [costing("quick", 3.0, 1.5, 900, 90), costing("wide", 2.0, 2.5, 800, 80),
         costing("small", 1.2, 1.1, 400, 20)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("objective", "name"), zip(Objective, ("quick", "wide", "lean", "small"), strict=True))
+@pytest.mark.parametrize(("objective", "name"), list(zip(Objective, ("quick", "wide", "lean", "small"), strict=True)))
 def test_the_objective_chooses_among_those_that_passed(objective: Objective, name: str) -> None:
     better = [dataclasses.replace(each, name="lost", status=Status.INACCURATE) for each in FOUR]
     winner, code = choose([*better, *FOUR], objective)
