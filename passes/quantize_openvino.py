@@ -15,9 +15,8 @@ from optimize.pipeline.batches import Encoded, load_batches
 from optimize.pipeline.contract import Artifact, Context, Kind, Pass
 
 RANKING_SAMPLES = 16
-SMOOTHING = (
-    0.85  # how much of an outlying activation channel moves into the weights: NNCF's 0.95 leaves them too coarse
-)
+# how much of an outlying activation channel moves into the weights: NNCF's own 0.95 leaves them too coarse
+SMOOTHING = 0.85
 
 
 @dataclass(frozen=True)

@@ -241,9 +241,7 @@ def main() -> NoReturn:
             signal.signal(number, _interrupted)
     try:
         code = main_group.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        code = _complain("interrupted; what was built so far is kept", None, ExitCode.INTERRUPTED)
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         code = _complain("interrupted; what was built so far is kept", None, ExitCode.INTERRUPTED)
     except click.ClickException as error:
         error.show()

@@ -79,7 +79,7 @@ def compare(
 
 def summarize(raw: Samples, cells: Sequence[Cell]) -> Speed:
     """The speed that raw samples amount to: per cell, and as the geometric mean over cells."""
-    ratios = [[_log_ratio([block[index] for block in quad]) for index in range(len(cells))] for quad in raw]
+    ratios = _log_ratios(raw)
     speeds = []
     for index, cell in enumerate(cells):
         ours = [call for quad in raw for block in (quad[1], quad[2]) for call in block[index]]
@@ -98,21 +98,23 @@ def percentiles(seconds: Sequence[float]) -> dict[int, float]:
 
 def spread_of_quads(raw: Samples) -> float:
     """The standard deviation of the quads' log ratios, over all their cells: what the interval is made of."""
-    cells = range(len(raw[0][0]))
-    return statistics.stdev(
-        math.fsum(_log_ratio([block[index] for block in quad]) for index in cells) / len(cells) for quad in raw
-    )
+    return statistics.stdev(math.fsum(quad) / len(quad) for quad in _log_ratios(raw))
+
+
+def _log_ratios(raw: Samples) -> list[list[float]]:
+    """log(baseline / candidate), by quad and cell."""
+    return [[_log_ratio(blocks) for blocks in zip(*quad, strict=True)] for quad in raw]
 
 
 def _spread(raw: Samples) -> float:
     """Of the baseline against itself: its first block over its last, root mean square over the quads."""
-    cells = range(len(raw[0][0]))
     logs = [
-        math.fsum(math.log(statistics.median(quad[0][index]) / statistics.median(quad[3][index])) for index in cells)
-        / len(cells)
+        statistics.fmean(
+            math.log(statistics.median(a) / statistics.median(b)) for a, b in zip(quad[0], quad[3], strict=True)
+        )
         for quad in raw
     ]
-    return math.sqrt(math.fsum(log * log for log in logs) / len(logs))
+    return math.sqrt(statistics.fmean(log * log for log in logs))
 
 
 def _quad(baseline: WorkerProcess, candidate: WorkerProcess, cells: int) -> list[list[list[float]]]:

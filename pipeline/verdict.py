@@ -95,7 +95,7 @@ def choose(
 
     Without one, the exit code names the stage that the best of them reached.
     """
-    passed = [each for each in candidates if each.status == Status.PASSED and each.speed is not None]
+    passed = _passed(candidates)
     if passed:
         return max(
             passed, key=lambda each: (_merit(each, objective), _merit(each, Objective.LATENCY))
@@ -114,8 +114,7 @@ def choose(
 
 def pareto(candidates: Sequence[Candidate]) -> frozenset[str]:
     """Names of those that passed and that no other one beats at something while being as good at everything else."""
-    passed = [each for each in candidates if each.status == Status.PASSED and each.speed is not None]
-    merits = {each.name: tuple(_merit(each, objective) for objective in Objective) for each in passed}
+    merits = {each.name: tuple(_merit(each, objective) for objective in Objective) for each in _passed(candidates)}
     return frozenset(
         name
         for name, own in merits.items()
@@ -124,6 +123,10 @@ def pareto(candidates: Sequence[Candidate]) -> frozenset[str]:
             for other in merits.values()
         )
     )
+
+
+def _passed(candidates: Sequence[Candidate]) -> list[Candidate]:
+    return [each for each in candidates if each.status == Status.PASSED and each.speed is not None]
 
 
 def _merit(candidate: Candidate, objective: Objective) -> float:

@@ -161,9 +161,7 @@ def test_a_kill_at_a_random_moment_leaves_a_valid_store(
     cache = tmp_path / "cache"
     run = _start(tiny, cache, tmp_path / "out", "export-onnx")
     log = {"builder": "build.log", "session": "baseline.log"}.get(victim, "build.log")
-    while not list(cache.glob(f"runs/*/logs/{log}")):
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.05)
+    _wait_for(run, cache, f"runs/*/logs/{log}")
     time.sleep(random.Random(victim).uniform(0.2, 3))
     parent = psutil.Process(run.pid)
     workers = parent.children()
@@ -180,9 +178,7 @@ def test_a_kill_at_a_random_moment_leaves_a_valid_store(
 def test_pruning_spares_what_a_live_run_uses(tiny: Path, cli: Cli, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     run = _start(tiny, cache, tmp_path / "out", "cast-dtype,export-onnx")
-    while not list(cache.glob("store/artifacts/*")):
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.05)
+    _wait_for(run, cache, "store/artifacts/*")
     assert "removed 0 artifacts and 0 runs" in cli("cache", "prune", "--days", "0", cache=cache).output
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
@@ -192,9 +188,7 @@ def test_pruning_spares_what_a_live_run_uses(tiny: Path, cli: Cli, tmp_path: Pat
 def test_ctrl_c_kills_the_workers_and_keeps_the_store(tiny: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     run = _start(tiny, cache, tmp_path / "out", "export-onnx")
-    while not list(cache.glob("store/building/*/data")):
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.05)
+    _wait_for(run, cache, "store/building/*/data")
     workers = psutil.Process(run.pid).children()
     run.send_signal(signal.SIGINT)
     output, _ = run.communicate(timeout=30)
@@ -210,9 +204,7 @@ def test_a_checkpoint_that_changes_meanwhile_poisons_nothing(tiny: Path, cli: Cl
     cache, model = tmp_path / "cache", tmp_path / "model"
     shutil.copytree(tiny, model)
     run = _start(model, cache, tmp_path / "out", "export-onnx")
-    while not list(cache.glob("store/building/*/data")):
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.02)
+    _wait_for(run, cache, "store/building/*/data")
     os.utime(model / "model.safetensors")  # as if other weights had been copied over them
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 2, output
@@ -229,9 +221,7 @@ def test_a_checkpoint_that_changes_meanwhile_poisons_nothing(tiny: Path, cli: Cl
 def test_what_is_taken_away_under_a_run_is_said(what: str, code: int, words: str, tiny: Path, tmp_path: Path) -> None:
     cache, out = tmp_path / "cache", tmp_path / "out"
     run = _start(tiny, cache, out, "export-onnx")
-    while not list(cache.glob("runs/*/logs/baseline.log")):
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.02)
+    _wait_for(run, cache, "runs/*/logs/baseline.log")
     if what == "cache":
         shutil.rmtree(cache)
     if what == "out":
@@ -260,9 +250,7 @@ def test_closed_descriptors_do_not_become_a_workers_pipe(tiny: Path, tmp_path: P
 def test_a_hangup_ends_a_run_like_ctrl_c(tiny: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     run = _start(tiny, cache, tmp_path / "out", "export-onnx")
-    while not list(cache.glob("store/building/*/data")):
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.05)
+    _wait_for(run, cache, "store/building/*/data")
     run.send_signal(signal.SIGHUP)
     run.send_signal(signal.SIGINT)  # a second signal does not break off what the first one set going
     output, _ = run.communicate(timeout=30)
@@ -276,6 +264,13 @@ def _start(model: Path, cache: Path, out: Path, recipe: str) -> subprocess.Popen
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OPTIMIZE_CACHE": str(cache)},
         preexec_fn=_heed_signals,
     )  # fmt: skip
+
+
+def _wait_for(run: subprocess.Popen[str], cache: Path, pattern: str) -> None:
+    """Until the run has made a file of that pattern in its cache."""
+    while not list(cache.glob(pattern)):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
 
 
 def _heed_signals() -> None:
