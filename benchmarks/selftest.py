@@ -25,6 +25,7 @@ from optimize.pipeline.statistics import difference
 from optimize.pipeline.workers import WorkerProcess
 
 QUICK, DEFAULT = 3.0, 15.0  # seconds
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
         for _ in range(arguments.load):
-            stack.callback(subprocess.Popen([sys.executable, "-c", "while True: pass"]).kill)
+            stack.callback(subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]).kill)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         with WorkerProcess(scratch / "calibrate.log") as worker:
             count = worker.ask("calibrate", limit=60, seconds=0.01)

@@ -22,6 +22,10 @@ class CastDtype(Pass):
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
+    @property
+    def arithmetic(self) -> str | None:
+        return self.dtype
+
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         if self.dtype not in target.dtypes:
             return f"{target.device} has no {self.dtype} arithmetic"

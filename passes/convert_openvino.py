@@ -27,6 +27,10 @@ class ConvertOpenvino(Pass):
     version: ClassVar = 1
     tools: ClassVar = ("torch", "transformers", "openvino")
 
+    @property
+    def arithmetic(self) -> str | None:
+        return "float32"
+
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         import openvino
         from transformers.exporters.configs import OpenVINOConfig

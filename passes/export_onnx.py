@@ -26,6 +26,10 @@ class ExportOnnx(Pass):
     opset: int = 20
     fused: bool = False
 
+    @property
+    def arithmetic(self) -> str | None:
+        return "float32"
+
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         from transformers.exporters.configs import OnnxConfig
         from transformers.exporters.exporter_onnx import OnnxExporter

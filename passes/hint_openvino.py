@@ -25,6 +25,10 @@ class HintOpenvino(Pass):
 
     precision: Literal["bf16", "f16"] = "bf16"
 
+    @property
+    def arithmetic(self) -> str | None:
+        return {"bf16": "bfloat16", "f16": "float16"}[self.precision]
+
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         dtype = {"bf16": "bfloat16", "f16": "float16"}[self.precision]
         return None if dtype in target.dtypes else f"{target.device} has no {dtype} arithmetic"

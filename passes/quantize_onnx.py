@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from optimize.passes._sensitivity import SAMPLES, noisiest
 from optimize.pipeline.batches import Encoded, load_batches
 from optimize.pipeline.contract import Artifact, Context, Kind, Pass
 
@@ -15,22 +16,28 @@ class QuantizeOnnx(Pass):
     """ONNX Runtime's quantizer, symmetric int8 weights.
 
     Static mode writes QDQ pairs whose ranges come from `samples` calibration texts. Raises RuntimeError when no
-    MatMul was quantized. Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+    MatMul was quantized. `keep` leaves that many products in floating point: those whose inputs int8 represents worst.
+    Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
     """
 
     name: ClassVar = "quantize-onnx"
     accepts: ClassVar = Kind.ONNX
     produces: ClassVar = Kind.ONNX
-    version: ClassVar = 1
+    version: ClassVar = 2
     tools: ClassVar = ("onnx", "onnxruntime")
 
     mode: Literal["dynamic", "static"] = "dynamic"
     per_channel: bool = True
     samples: int = 64
+    keep: int = 0
 
     @property
     def calibrated(self) -> bool:
-        return self.mode == "static"
+        return self.mode == "static" or self.keep > 0
+
+    @property
+    def arithmetic(self) -> str | None:
+        return "int8"
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         from onnxruntime.quantization import (
@@ -42,20 +49,23 @@ class QuantizeOnnx(Pass):
         )
 
         graph, result = source.path / "model.onnx", out / "model.onnx"
+        batches = load_batches(context.calibration) if context.calibration else []
+        if self.calibrated and not batches:
+            raise RuntimeError("static quantization and keep need calibration data")
+        kept = _noisiest(graph, batches[:SAMPLES], self.keep)
         if self.mode == "dynamic":
             quantize_dynamic(
-                graph, result, weight_type=QuantType.QInt8, per_channel=self.per_channel, use_external_data_format=True
-            )
+                graph, result, weight_type=QuantType.QInt8, per_channel=self.per_channel, nodes_to_exclude=kept,
+                use_external_data_format=True,
+            )  # fmt: skip
         else:
-            if context.calibration is None:
-                raise RuntimeError("static quantization needs calibration data")
             quantize_static(
-                graph, result, _Feed(load_batches(context.calibration)[: self.samples]),
+                graph, result, _Feed(batches[: self.samples]), nodes_to_exclude=kept,
                 quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                 per_channel=self.per_channel, calibrate_method=CalibrationMethod.MinMax,
                 op_types_to_quantize=["MatMul", "Gemm"], use_external_data_format=True,
             )  # fmt: skip
-        return self._coverage(graph, result)
+        return self._coverage(graph, result) | {"kept": kept}
 
     def _coverage(self, graph: Path, result: Path) -> dict[str, Any]:
         import onnx
@@ -71,6 +81,29 @@ class QuantizeOnnx(Pass):
         if not quantized:
             raise RuntimeError(f"none of {eligible} matrix products was quantized")
         return {"quantized": quantized, "eligible": eligible}
+
+
+def _noisiest(path: Path, feeds: list[Encoded], count: int) -> list[str]:
+    """Names of the `count` products by weights whose inputs int8 represents worst: see noisiest."""
+    if count == 0:
+        return []
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(path)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
+    inputs = list(dict.fromkeys(node.input[0] for node in nodes))
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inputs)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    taken = [port.name for port in session.get_inputs()]
+    answers = (
+        dict(zip(inputs, session.run(inputs, {name: feed[name] for name in taken}), strict=True)) for feed in feeds
+    )
+    return noisiest(
+        [node.name for node in nodes], ([answer[node.input[0]] for node in nodes] for answer in answers), count
+    )
 
 
 class _Feed:

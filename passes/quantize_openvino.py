@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from optimize.passes._sensitivity import SAMPLES, noisiest
 from optimize.passes.convert_openvino import IR, write_precision
 from optimize.pipeline.batches import Encoded, load_batches
 from optimize.pipeline.contract import Artifact, Context, Kind, Pass
 
-RANKING_SAMPLES = 16
 # how much of an outlying activation channel moves into the weights: NNCF's own 0.95 leaves them too coarse
 SMOOTHING = 0.85
 
@@ -23,9 +22,8 @@ SMOOTHING = 0.85
 class QuantizeOpenvino(Pass):
     """NNCF post-training quantization with SmoothQuant, and a bias correction of our own (see `_correct_bias`).
 
-    `keep` leaves that many matrix products in floating point: those whose inputs int8 represents worst, ranked by the
-    quantization noise of their calibrated range against their root mean square. In BERT's kin these are the first
-    layers' feed-forward outputs. Raises RuntimeError when nothing was quantized.
+    `keep` leaves that many matrix products in floating point: those whose inputs int8 represents worst.
+    Raises RuntimeError when nothing was quantized.
     Source: https://docs.openvino.ai (NNCF post-training quantization, weight compression)
     """
 
@@ -43,12 +41,16 @@ class QuantizeOpenvino(Pass):
     def calibrated(self) -> bool:
         return self.mode == "static"
 
+    @property
+    def arithmetic(self) -> str | None:
+        return "int8" if self.mode == "static" else None
+
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         import nncf
         import openvino
 
         model = openvino.Core().read_model(source.path / IR)
-        eligible = _count(model, _is_matmul_of_weights)
+        eligible = _count(model, is_matmul_of_weights)
         kept: list[str] = []
         if self.mode == "weights":
             model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
@@ -58,7 +60,7 @@ class QuantizeOpenvino(Pass):
             names = {port.any_name for port in model.inputs}
             batches = load_batches(context.calibration)[: self.samples]
             feeds = [{name: array for name, array in batch.items() if name in names} for batch in batches]
-            kept = _noisiest(model, feeds[:RANKING_SAMPLES], self.keep)
+            kept = _noisiest(model, feeds[:SAMPLES], self.keep)
             source_model, model = model, nncf.quantize(
                 model, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds),
                 ignored_scope=nncf.IgnoredScope(names=kept),
@@ -77,26 +79,15 @@ class QuantizeOpenvino(Pass):
 
 
 def _noisiest(model: Any, feeds: list[Encoded], count: int) -> list[str]:
-    """Names of the `count` matrix products by weights whose inputs int8 represents worst, worst first."""
+    """Names of the `count` matrix products by weights whose inputs int8 represents worst: see noisiest."""
     import openvino
 
     if count == 0:
         return []
-    nodes = [node for node in model.get_ordered_ops() if _is_matmul_of_weights(node)]
-    probe = openvino.Model([node.input_value(0) for node in nodes], model.get_parameters(), "inputs of products")
-    compiled = _compile(probe)
-    low, high, squares = np.full(len(nodes), np.inf), np.full(len(nodes), -np.inf), np.zeros(len(nodes))
-    elements = np.zeros(len(nodes))
-    for feed in feeds:
-        arrays = compiled(feed)
-        for index in range(len(nodes)):
-            array = arrays[index]
-            low[index], high[index] = min(low[index], array.min()), max(high[index], array.max())
-            squares[index] += np.square(array, dtype=np.float64).sum()
-            elements[index] += array.size
-    step = (high - low) / 255
-    noise = step / math.sqrt(12) / np.sqrt(squares / elements)  # of uniform rounding
-    return [nodes[index].get_friendly_name() for index in np.argsort(-noise)[:count]]
+    nodes = [node for node in model.get_ordered_ops() if is_matmul_of_weights(node)]
+    compiled = _compile(openvino.Model([node.input_value(0) for node in nodes], model.get_parameters(), "inputs"))
+    runs = ([answer[index] for index in range(len(nodes))] for answer in map(compiled, feeds))
+    return noisiest([node.get_friendly_name() for node in nodes], runs, count)
 
 
 def _correct_bias(model: Any, source: Any, feeds: list[Encoded]) -> None:
@@ -171,15 +162,16 @@ def _count(model: Any, wanted: Callable[[Any], bool]) -> int:
     return sum(wanted(node) for node in model.get_ordered_ops())
 
 
-def _is_matmul_of_weights(node: Any) -> bool:
-    return bool(node.get_type_name() == "MatMul" and _weight(node).get_type_name() == "Constant")
+def is_matmul_of_weights(node: Any) -> bool:
+    """Whether an operation of an OpenVINO model is a product by a constant."""
+    return bool(node.get_type_name() == "MatMul" and weight_of(node).get_type_name() == "Constant")
 
 
 def _is_matmul_of_int8(node: Any) -> bool:
-    return _is_matmul_of_weights(node) and _weight(node).get_element_type().size == 1
+    return is_matmul_of_weights(node) and weight_of(node).get_element_type().size == 1
 
 
-def _weight(node: Any) -> Any:
+def weight_of(node: Any) -> Any:
     """What the second input of a matrix product is made of: through dequantization, back to the stored constant."""
     source = node.input_value(1).get_node()
     while source.get_type_name() in ("Multiply", "Subtract", "Convert", "Reshape", "Transpose", "FakeQuantize"):

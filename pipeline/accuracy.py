@@ -48,7 +48,7 @@ def compare_outputs(
             found = ours[name]
             if found.shape != expected.shape:
                 raise ValueError(f"{name} has shape {list(found.shape)}, the reference {list(expected.shape)}")
-            cosines.append(_cosine(found, expected))
+            cosines.append(cosine(found, expected))
             difference = np.abs(found - expected)
             largest = max(largest, float(difference.max(initial=0)))
             relative.append(float(np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-12)))
@@ -101,8 +101,8 @@ def _above(value: float, limit: float) -> bool:
     return not value <= limit * (1 + 1e-9)
 
 
-def _cosine(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    """Mean over positions of the cosine between rows; two rows of zeros are alike."""
+def cosine(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Mean over positions of the cosine between rows (the last axis); two rows of zeros are alike."""
     left, right = found.astype(np.float64), expected.astype(np.float64)
     norms = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
     both_zero = (np.abs(left).max(axis=-1, initial=0) == 0) & (np.abs(right).max(axis=-1, initial=0) == 0)

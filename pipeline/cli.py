@@ -90,11 +90,30 @@ def verify(folder: Path, budget: str, json_file: Path | None) -> int:
         _check_writable(json_file)
         result = verify_folder(folder, parse_budget(budget))
     _console().print(result.describe(), markup=False, highlight=False, soft_wrap=True)
-    if json_file is not None:
-        from optimize.pipeline.manifest import adapter
-
-        _write(json_file, adapter(type(result)).dump_json(result, indent=1).decode() + "\n")
+    _write_result(json_file, type(result), result)
     return result.exit_code
+
+
+@main_group.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--candidate", metavar="NAME", help="Which one. [default: the first that was rejected for its outputs]")
+@click.option("--cache", type=click.Path(path_type=Path), help="As for `optimize MODEL`.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the result here too.")
+def explain(folder: Path, candidate: str | None, cache: Path | None, json_file: Path | None) -> int:
+    """Find the pass, then the layer, at which a candidate's outputs leave the reference.
+
+    FOLDER is a run's folder (the run names it when it rejects a candidate) or an emitted one.
+    """
+    from optimize.pipeline.driver import cache_folder
+    from optimize.pipeline.explain import Explanation
+    from optimize.pipeline.explain import explain as explain_run
+
+    with _errors_to(json_file):
+        _check_writable(json_file)
+        found = explain_run(folder, candidate, cache_folder(cache))
+    _console().print(found.describe(), markup=False, highlight=False, soft_wrap=True)
+    _write_result(json_file, Explanation, found)
+    return ExitCode.EMITTED
 
 
 @main_group.command()
@@ -191,10 +210,10 @@ def doctor(self_test: bool, budget: str, json_file: Path | None) -> int:
     """Say what this host has of what the passes and runtimes need; with --self-test, what it can measure."""
     if self_test:
         return _self_test(budget, json_file)
-    from optimize.pipeline.doctor import findings
+    from optimize.pipeline.doctor import findings, peaks
 
     table = _table("what", "found", "what it means")
-    rows = findings()
+    rows = [*findings(), peaks()]
     for row in rows:
         table.add_row(row.what, ("" if row.good else "[red]") + row.found, row.meaning)
     _console().print(table)
@@ -203,14 +222,12 @@ def doctor(self_test: bool, budget: str, json_file: Path | None) -> int:
 
 def _self_test(budget: str, json_file: Path | None) -> int:
     from optimize.pipeline.driver import parse_budget
-    from optimize.pipeline.manifest import adapter
     from optimize.pipeline.selftest import SelfTest, self_test
 
     _check_writable(json_file)
     result = self_test(parse_budget(budget))
     _console().print(result.describe(), markup=False, highlight=False, soft_wrap=True)
-    if json_file is not None:
-        _write(json_file, adapter(SelfTest).dump_json(result, indent=1).decode() + "\n")
+    _write_result(json_file, SelfTest, result)
     return result.exit_code
 
 
@@ -309,6 +326,13 @@ def _check_writable(json_file: Path | None) -> None:
         raise RequestError(
             f"--json {json_file} cannot be written: {error.strerror}", hint="name another file"
         ) from None
+
+
+def _write_result(path: Path | None, kind: type, result: object) -> None:
+    if path is not None:
+        from optimize.pipeline.manifest import adapter
+
+        _write(path, adapter(kind).dump_json(result, indent=1).decode() + "\n")
 
 
 def _write(path: Path, text: str) -> None:

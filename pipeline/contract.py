@@ -102,6 +102,11 @@ class Pass(ABC):
         """Whether, with these options, it reads calibration data (whose digest then enters the key)."""
         return False
 
+    @property
+    def arithmetic(self) -> str | None:
+        """The dtype that matrix products run in from here on, in torch's spelling; None: the same as before."""
+        return None
+
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         """Why it cannot run for this checkpoint here, or None. Cheap: it imports no framework."""
         return None
@@ -120,10 +125,15 @@ class Recipe:
 
     name: str
     passes: tuple[Pass, ...]
+    after: str = ""  # the name of another recipe: this one is built only where that one proves inaccurate
 
     @property
     def produces(self) -> Kind:
         return self.passes[-1].produces if self.passes else Kind.CHECKPOINT
+
+    def arithmetic(self, dtype: str) -> str:
+        """The dtype that its matrix products run in, for a checkpoint of that dtype."""
+        return next(filter(None, (step.arithmetic for step in reversed(self.passes))), dtype)
 
 
 @dataclass(frozen=True)
@@ -161,6 +171,15 @@ class Session(Protocol):
 
     def run(self, batch: Batch) -> dict[str, Array]:
         """One forward pass. Inputs are int64 arrays of [batch, sequence]; outputs are float32, by field name."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What an artifact computes on the way, for `optimize explain`: its layers' outputs in the order of execution."""
+
+    outputs: tuple[Mapping[str, Array], ...]  # by batch, then by the layer's name
+    products: Mapping[str, str]  # name of a product by weights -> what tells its weights from others in every kind
+    overflow: str = ""  # transformers' report of the first module whose output is not finite
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from optimize.pipeline.driver import cache_folder, find_target
+from optimize.pipeline.errors import WorkerError
 from optimize.pipeline.plan import installed_version
 from optimize.pipeline.recipe import pass_class, pass_names
+from optimize.pipeline.roofline import measure_peaks
+from optimize.pipeline.workers import WorkerProcess
+
+LIMIT = 120.0  # seconds for measuring the peaks
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,19 @@ class Finding:
     found: str
     meaning: str
     good: bool = True
+
+
+def peaks() -> Finding:
+    """Measure what this host reaches at most, and remember it for the runs to come: some seconds."""
+    target, _ = find_target(None)
+    with tempfile.TemporaryDirectory() as scratch, WorkerProcess(Path(scratch) / "peaks.log") as worker:
+        try:
+            found = measure_peaks(
+                cache_folder(None), target, lambda: worker.ask("peaks", limit=LIMIT, target=asdict(target))
+            )
+        except WorkerError as error:
+            return Finding("peaks", "not measured", f"no roofline: {error.message}", good=False)
+    return Finding("peaks", str(found), "what the roofline in reports is drawn with; the best that was seen here")
 
 
 def findings() -> list[Finding]:

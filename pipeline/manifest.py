@@ -17,13 +17,15 @@ from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Objective,
 from optimize.pipeline.errors import ArtifactError
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.plan import installed_version
-from optimize.pipeline.verdict import Candidate
+from optimize.pipeline.roofline import Peaks, Roof, Work
+from optimize.pipeline.verdict import Candidate, Throughput
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 FILE = "optimize.json"
+REPORT = "report.json"  # in a run's folder
 RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers")
 
 
@@ -59,6 +61,8 @@ class Baseline:
     load_seconds: float
     first_seconds: float
     peak_memory: int
+    roofs: tuple[Roof, ...] = ()  # of the cells
+    throughput: Throughput | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class Report:
     objective: Objective  # what the emitted one is best at, of those that passed
     seconds: dict[str, float]  # of the run's phases: prepare, build, evaluate, measure, emit
     baseline: Baseline | None  # None when nothing was timed
+    peaks: Peaks | None = None  # what the host was seen to reach at most
+    work: tuple[Work, ...] = ()  # what each cell cannot do without
 
 
 @dataclass(frozen=True)
@@ -133,9 +139,19 @@ def to_json(value: Report | Manifest) -> str:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of an emitted folder. Raises ArtifactError if there is none, or it is not a valid one."""
+    manifest: Manifest = _read(folder / FILE, Manifest)
+    return manifest
+
+
+def read_report(folder: Path) -> Report:
+    """The report of a run's folder. Raises ArtifactError if there is none, or it is not a valid one."""
+    report: Report = _read(folder / REPORT, Report)
+    return report
+
+
+def _read(path: Path, kind: Any) -> Any:
     from pydantic import ValidationError
 
-    path = folder / FILE
     try:
         text = path.read_text(encoding="utf-8")
         found = str(json.loads(text)["schema_version"])
@@ -144,16 +160,15 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has schema version {found}, this optimize reads {SCHEMA_VERSION}",
                 hint="use the optimize that is named in its report.host.packages",
             )
-        manifest: Manifest = adapter(Manifest).validate_json(text)
+        return adapter(kind).validate_json(text)
     except (FileNotFoundError, NotADirectoryError):
-        raise ArtifactError(f"{folder} has no {FILE}: it was not emitted by optimize") from None
+        raise ArtifactError(f"{path.parent} has no {path.name}: it was not emitted by optimize") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise ArtifactError(f"{path} is not a valid manifest: {where}: {first['msg']}") from None
+        raise ArtifactError(f"{path} is not a valid {path.stem}: {where}: {first['msg']}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is not a valid manifest: {type(error).__name__}: {error}") from None
-    return manifest
+        raise ArtifactError(f"{path} is not valid: {type(error).__name__}: {error}") from None
 
 
 def schema() -> dict[str, Any]:

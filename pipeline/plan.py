@@ -94,7 +94,10 @@ class Plan:
             for step in planned.steps:
                 state = "" if store is None else " [cached]" if store.has(step.key) else " [build]"
                 steps.append(f"{step.pass_text}{state} {step.key[:10]}")
-            lines.append(f"{planned.recipe.name:<{width}}  {' -> '.join(steps) or 'the checkpoint as it is'}")
+            condition = f" (if {planned.recipe.after} is inaccurate)" if planned.recipe.after else ""
+            lines.append(
+                f"{planned.recipe.name:<{width}}  {' -> '.join(steps) or 'the checkpoint as it is'}{condition}"
+            )
         lines += [f"left out: {left.recipe.name}: {left.reason}" for left in self.left_out]
         return "\n".join(lines)
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optimize.pipeline.contract import Cell
 from optimize.pipeline.errors import ExitCode
-from optimize.pipeline.manifest import Report
+from optimize.pipeline.manifest import Baseline, Report
 from optimize.pipeline.verdict import Candidate, Status, pareto
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-WIDE = 150  # columns that the whole table takes
+WIDE = 180  # columns that the whole table takes
+WIDE_TITLES = ("build\ns", "load\ns", "tokens/s", "limit")
 STYLES = {Status.PASSED: "green", Status.NOT_FASTER: "yellow", Status.INCONCLUSIVE: "yellow"}
 OUTCOMES = {
     ExitCode.NOT_BUILT: "nothing could be built: every recipe failed",
@@ -67,17 +70,21 @@ def _table(report: Report, *, wide: bool) -> object:
         box=SIMPLE, pad_edge=False, title_justify="left",
         caption=f"speedup over eager {report.checkpoint.dtype}, 99% intervals; gates: drop <= {gates.max_drop:g}, "
         f"speedup > {gates.min_speedup:g}; best {report.objective} is emitted\n"
-        "*: no other that passed is better in latency, throughput, memory or size without being worse in another",
+        "*: no other that passed is better in latency, throughput, memory or size without being worse in another"
+        + (f"\nthis host's peaks: {report.peaks}; limit: of the largest cell, and how much of its time it explains"
+           if wide and report.peaks else ""),
         caption_justify="left",
     )  # fmt: skip
     workload = report.workload if wide or len(report.workload) > 1 else ()
     titles = ["cosine", *(["worst"] if wide else []), *map(str, workload), "overall", "mem\nMiB", "size\nMiB"]
     table.add_column("recipe", no_wrap=True)
-    for title in (*titles, *(["build\ns", "load\ns"] if wide else [])):
+    for title in (*titles, *(WIDE_TITLES if wide else [])):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     if report.baseline is not None:
-        costs = [_mib(report.baseline.peak_memory), "", *(["", f"{report.baseline.load_seconds:.1f}"] if wide else [])]
+        side = report.baseline
+        more = ["", f"{side.load_seconds:.1f}", *_limits(side, report.workload)]
+        costs = [_mib(side.peak_memory), "", *(more if wide else [])]
         blanks = ["", *([""] if wide else []), *["1"] * (len(workload) + 1)]
         table.add_row("eager (baseline)", *blanks, *costs, "")
     best = pareto(report.candidates)
@@ -85,7 +92,9 @@ def _table(report: Report, *, wide: bool) -> object:
         style = "bold green" if candidate.name == report.emitted else STYLES.get(candidate.status, "red")
         verdict = "emitted" if candidate.name == report.emitted else str(candidate.status)
         verdict += " *" if candidate.name in best else ""
-        table.add_row(candidate.name, *_cells(candidate, len(workload), wide), f"[{style}]{verdict}[/]")
+        table.add_row(
+            candidate.name, *_cells(candidate, report.workload, len(workload), wide), f"[{style}]{verdict}[/]"
+        )
     return table
 
 
@@ -94,19 +103,30 @@ def _rank(candidate: Candidate) -> tuple[int, float]:
     return order.index(candidate.status), -(candidate.speed.overall.low if candidate.speed else 0.0)
 
 
-def _cells(candidate: Candidate, workload: int, wide: bool) -> list[str]:
+def _cells(candidate: Candidate, cells: Sequence[Cell], workload: int, wide: bool) -> list[str]:
     accuracy, speed = candidate.accuracy, candidate.speed
     cosine = "-" if accuracy is None else f"{1 - accuracy.drop.value:.5f}"
     worst = "-" if accuracy is None else f"{1 - accuracy.worst_drop:.4f}"
     if speed is None:
         speeds = ["-"] * (workload + 1)
     else:
-        cells = [cell.speedup for cell in speed.cells[:workload]]
-        speeds = [*(str(cell) if wide else f"{cell.value:.2f}" for cell in cells), str(speed.overall)]
+        ratios = [cell.speedup for cell in speed.cells[:workload]]
+        speeds = [*(str(ratio) if wide else f"{ratio.value:.2f}" for ratio in ratios), str(speed.overall)]
     build = f"{candidate.build_seconds:.0f}" if candidate.steps else "-"
     load = "-" if candidate.load_seconds is None else f"{candidate.load_seconds:.1f}"
-    costs = [_mib(candidate.peak_memory), _mib(candidate.size), *([build, load] if wide else [])]
+    costs = [
+        _mib(candidate.peak_memory),
+        _mib(candidate.size),
+        *([build, load, *_limits(candidate, cells)] if wide else []),
+    ]
     return [cosine, *([worst] if wide else []), *speeds, *costs]
+
+
+def _limits(side: Candidate | Baseline, cells: Sequence[Cell]) -> list[str]:
+    """Throughput at saturation, and what limits the cell with the most tokens."""
+    most = max(range(len(cells)), key=lambda index: cells[index].batch * cells[index].sequence)
+    throughput = f"{side.throughput.tokens_per_second:,.0f}" if side.throughput else "-"
+    return [throughput, str(side.roofs[most]) if side.roofs else "-"]
 
 
 def _mib(value: int | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import statistics
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +13,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optimize.pipeline.contract import Artifact, Kind, Objective, StepFacts
+from optimize.pipeline.build import Builder
+from optimize.pipeline.contract import Artifact, Kind, Objective
 from optimize.pipeline.emit import emit
 from optimize.pipeline.errors import CheckpointError, OptimizeError, PassError, RequestError, WorkerError
-from optimize.pipeline.manifest import SCHEMA_VERSION, Baseline, Evaluation, Report, host_of, source_of
+from optimize.pipeline.manifest import REPORT, SCHEMA_VERSION, Baseline, Evaluation, Report, host_of, source_of, to_json
 from optimize.pipeline.measure import compare
-from optimize.pipeline.plan import Plan, PlannedRecipe, Step
+from optimize.pipeline.plan import Plan, PlannedRecipe
 from optimize.pipeline.progress import Progress
-from optimize.pipeline.store import Damage, Entry, Store
+from optimize.pipeline.roofline import Peaks, Roof, Work, known_peaks, measure_peaks, roofs
+from optimize.pipeline.store import Entry, Store
 from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Opened, Trial, problem_text
-from optimize.pipeline.verdict import Candidate, Status, StepReport, choose, judge_speed
-from optimize.pipeline.workers import WorkerProcess
+from optimize.pipeline.verdict import Candidate, Status, StepReport, Throughput, choose, judge_speed, why_not_recover
+from optimize.pipeline.workers import WorkerProcess, running
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,21 @@ class Run:
     objective: Objective = Objective.LATENCY
     candidates: list[Candidate] = field(default_factory=list)
     artifacts: dict[str, Artifact] = field(default_factory=dict)  # of the recipes that were built, by name
-    failed: dict[str, str] = field(default_factory=dict)  # key of a step that failed in this run -> why
+    left_out: dict[str, str] = field(default_factory=dict)  # recipe -> why it was not tried
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase
     baseline: Baseline | None = None
     samples: dict[str, Any] = field(default_factory=dict)  # raw seconds by candidate: see measure.Samples
-    _builder: WorkerProcess | None = None
+    peaks: Peaks | None = None
+    work: tuple[Work, ...] = ()  # of the cells
     _stamps: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # of the checkpoint's files, as planned
 
     def __post_init__(self) -> None:
+        plan = self.plan
         self._stamps = self._stamp()
+        self.left_out = {left.recipe.name: left.reason for left in plan.left_out}
+        self._builder = Builder(
+            self.store, self.folder, plan.target, plan.checkpoint.task, self._check_checkpoint, self.progress
+        )
 
     def execute(self, out: Path) -> Report:
         """Do all of it, and emit the winner into `out` if there is one.
@@ -69,11 +78,12 @@ class Run:
         try:
             with self._phase("prepare"):
                 self._prepare()
+                self._find_peaks()
                 reference = self._reference()
             with self._phase("build"):
                 self._build_all()
         finally:
-            self._end_builder()
+            self._builder.end()
         self._try_all(reference)
         (self.folder / "samples.json").write_text(json.dumps(self.samples))
         winner, code = choose(self.candidates, self.objective)
@@ -81,7 +91,11 @@ class Run:
             self._check_checkpoint()
             with self._phase("emit"):
                 emit(self._report(winner, code), winner, self.artifacts[winner.name], self.folder, self.trial, out)
-        return self._report(winner, code)
+        report = self._report(winner, code)
+        (self.folder / REPORT).write_text(to_json(report))
+        if any(candidate.status in (Status.INACCURATE, Status.BROKEN) for candidate in self.candidates):
+            self.progress.note(f"where outputs leave the reference: optimize explain {self.folder} [--candidate NAME]")
+        return report
 
     @property
     def trial(self) -> Trial:
@@ -103,7 +117,7 @@ class Run:
         checkpoint, texts = self.plan.checkpoint, self.texts
         self.progress.doing("prepare", "encoding text")
         try:
-            self._build_worker("default").ask(
+            self._builder.worker().ask(
                 "prepare", limit=STEP_LIMIT, progress=self.progress.tick, folder=str(checkpoint.folder),
                 evaluation=list(texts.evaluation), calibration=list(texts.calibration),
                 cells=[(cell.batch, cell.sequence) for cell in self.plan.workload],
@@ -114,13 +128,30 @@ class Run:
             hint = error.hint or f"see {self.folder / 'logs' / 'build.log'}"
             raise _unusable(f"{checkpoint.model_id}: its tokenizer cannot be used", error, hint) from error
 
+    def _find_peaks(self) -> None:
+        """The host's peaks, once for each host. A run goes on without them."""
+        cache, target = self.folder.parents[1], self.plan.target
+        self.peaks = known_peaks(cache, target)
+        if self.peaks is not None:
+            return
+        self.progress.doing("prepare", "measuring what this host reaches at most")
+        worker = self._builder.worker()
+        try:
+            self.peaks = measure_peaks(
+                cache, target, lambda: worker.ask("peaks", limit=STEP_LIMIT, progress=self.progress.tick,
+                                                  target=asdict(target)),
+            )  # fmt: skip
+        except WorkerError as error:
+            self._builder.end()
+            self.progress.note(f"no roofline: what this host reaches at most could not be measured: {error.message}")
+
     def _reference(self) -> dict[str, list[Any]]:
         """Outputs of the float32 eager model on all text and all cells; kept as reference.*.npz."""
         checkpoint, artifact = self.plan.checkpoint, self.source
         self.progress.doing("prepare", "running the float32 reference")
         try:
             if self.plan.reference is not None:
-                artifact = self._build_step(self.plan.reference, artifact)[0].artifact
+                artifact = self._builder.build(self.plan.reference, artifact)[0].artifact
             with self.trial.open("reference", Kind.CHECKPOINT, artifact.path).worker as worker:
                 return {
                     batches: self.trial.outputs(worker, batches, self.folder / f"reference.{batches}.npz")[0]
@@ -133,82 +164,35 @@ class Run:
 
     def _build_all(self) -> None:
         for planned in self.plan.recipes:
-            candidate = Candidate(planned.recipe.name, planned.text, planned.recipe.produces, Status.NOT_BUILT)
-            self.candidates.append(candidate)
-            try:
-                entry = self._build_recipe(planned, candidate)
-            except PassError as error:
-                candidate.reason = error.message.splitlines()[0]
-                self.progress.problem(candidate.name, str(error))
-                continue
-            self.artifacts[candidate.name] = entry.artifact if entry else self.source
-            candidate.size = entry.size if entry else self.plan.checkpoint.weight_bytes
-            candidate.status = Status.BROKEN  # until it has been opened and run
+            if not planned.recipe.after:
+                self._build(planned)
+
+    def _build(self, planned: PlannedRecipe) -> Candidate:
+        candidate = Candidate(planned.recipe.name, planned.text, planned.recipe.produces, Status.NOT_BUILT)
+        candidate.arithmetic = planned.recipe.arithmetic(self.plan.checkpoint.dtype)
+        self.candidates.append(candidate)
+        try:
+            entry = self._build_recipe(planned, candidate)
+        except PassError as error:
+            candidate.reason = error.message.splitlines()[0]
+            self.progress.problem(candidate.name, str(error))
+            return candidate
+        self.artifacts[candidate.name] = entry.artifact if entry else self.source
+        candidate.size = entry.size if entry else self.plan.checkpoint.weight_bytes
+        candidate.status = Status.BROKEN  # until it has been opened and run
+        return candidate
 
     def _build_recipe(self, planned: PlannedRecipe, candidate: Candidate) -> Entry | None:
         entry: Entry | None = None
         for step in planned.steps:
             self.progress.doing(candidate.name, step.pass_text)
-            entry, cached = self._build_step(step, entry.artifact if entry else self.source)
+            entry, cached = self._builder.build(step, entry.artifact if entry else self.source)
             made = entry.step
             candidate.steps.append(
                 StepReport(step.pass_text, step.key, cached, made.seconds, made.peak_memory, made.facts)
             )
             self.progress.built(candidate.name, candidate.steps[-1])
         return entry
-
-    def _build_step(self, step: Step, source: Artifact) -> tuple[Entry, bool]:
-        """The artifact of one step, and whether it was in the store. Raises PassError; a step is tried once a run."""
-        if step.key in self.failed:
-            raise PassError(self.failed[step.key])
-        with self.store.lock(step.key, waiting=lambda: self.progress.note(f"{step.text}: another run is building it")):
-            found = self.store.get(step.key)
-            if isinstance(found, Damage):
-                self.progress.note(f"{step.text}: damaged in the store ({found.reason}), building it again")
-                self.store.discard(step.key)
-            elif found is not None:
-                self.store.touch(step.key)
-                return found, True
-            try:
-                return self._build_into_store(step, source), False
-            except PassError as error:
-                self.failed[step.key] = error.message.splitlines()[0]
-                raise
-
-    def _build_into_store(self, step: Step, source: Artifact) -> Entry:
-        arguments = {
-            "step": step.pass_text,
-            "source": {name: str(value) for name, value in asdict(source).items()},
-            "task": self.plan.checkpoint.task,
-            "target": asdict(self.plan.target),
-            "calibration": str(self.folder / "calibration.npz") if step.step.calibrated else None,
-        }
-        request = self.folder / "steps" / f"{step.key[:10]}-{step.step.name}.json"
-        request.parent.mkdir(exist_ok=True)
-        request.write_text(json.dumps(arguments, indent=1))
-        try:
-            with self.store.building(step.key) as out:
-                worker = self._build_worker(step.step.toolchain)
-                made = worker.ask("build", limit=STEP_LIMIT, progress=self.progress.tick, out=str(out), **arguments)
-                self._check_checkpoint()  # its key names the bytes that were planned with
-                return self.store.publish(step.key, step.step.produces, out, step.text, StepFacts(**made))
-        except (WorkerError, OSError) as error:
-            self._end_builder()  # the next step gets a fresh process: this one may hold anything
-            tail = error.log_tail if isinstance(error, WorkerError) else ""
-            raise PassError(
-                f"{step.step.name} failed: {error}" + (f"\n{tail}" if tail else ""),
-                hint=f"repeat this step alone: optimize repeat {request}",
-            ) from error
-
-    def _build_worker(self, toolchain: str) -> WorkerProcess:
-        if self._builder is None:
-            self._builder = WorkerProcess(self.folder / "logs" / "build.log", toolchain=toolchain)
-        return self._builder
-
-    def _end_builder(self) -> None:
-        if self._builder is not None:
-            self._builder.close()
-            self._builder = None
 
     def _try_all(self, reference: Mapping[str, list[Any]]) -> None:
         """Judge and time every artifact. The inaccurate too: what a looser gate would give is worth knowing."""
@@ -220,12 +204,52 @@ class Run:
             opened = self.trial.open("baseline", Kind.CHECKPOINT, self.plan.checkpoint.folder)
         with opened.worker as baseline:
             baseline.pause()
+            budget = self.plan.budget / len(self.plan.recipes)
             for candidate in built:
-                self._try(candidate, baseline, reference, self.plan.budget / len(built))
+                self._try(candidate, baseline, reference, budget)
+            self._recover(baseline, reference, budget)
             baseline.resume()
-            self.baseline = Baseline(
-                opened.load_seconds, opened.first_seconds, baseline.ask("memory", limit=STEP_LIMIT)
-            )
+            with self._phase("measure"):
+                self._account_for(opened)
+
+    def _recover(self, baseline: WorkerProcess, reference: Mapping[str, list[Any]], budget: float) -> None:
+        """Build and try what the target has ready for a recipe that proved inaccurate, until one is accurate."""
+        try:
+            for planned in self.plan.recipes:
+                recipe = planned.recipe
+                if not recipe.after:
+                    continue
+                before = next((each for each in self.candidates if each.name == recipe.after), None)
+                reason = why_not_recover(before, self.plan.gates)
+                if before is None or reason is not None:
+                    self.left_out[recipe.name] = f"{recipe.after} {reason or 'was not tried'}"
+                    continue
+                with self._phase("build"):
+                    candidate = self._build(planned)
+                if candidate.name in self.artifacts:
+                    self._try(candidate, baseline, reference, budget)
+        finally:
+            self._builder.end()
+
+    def _account_for(self, opened: Opened) -> None:
+        """What the baseline costs, and how near every side came to what this host can do."""
+        plan, ask, timed = self.plan, opened.worker.ask, [each for each in self.candidates if each.speed is not None]
+        memory = ask("memory", limit=STEP_LIMIT)
+        self.work = tuple(Work(**work) for work in ask("work", limit=STEP_LIMIT))
+        for candidate in timed:
+            assert candidate.speed is not None and candidate.size is not None
+            seconds = [cell.seconds for cell in candidate.speed.cells]
+            candidate.roofs = self._roofs(seconds, candidate.arithmetic, candidate.size)
+        speeds = [each.speed.cells for each in timed if each.speed is not None]
+        seconds = [statistics.median(cell.baseline_seconds for cell in cells) for cells in zip(*speeds, strict=True)]
+        self.baseline = Baseline(
+            opened.load_seconds, opened.first_seconds, memory,
+            self._roofs(seconds, plan.checkpoint.dtype, plan.checkpoint.weight_bytes) if seconds else (),
+            Throughput(**ask("sweep", limit=STEP_LIMIT)),
+        )  # fmt: skip
+
+    def _roofs(self, seconds: Sequence[float], arithmetic: str, size: int) -> tuple[Roof, ...]:
+        return roofs(self.work, seconds, arithmetic, size / self.plan.checkpoint.parameters, self.peaks)
 
     def _try(
         self, candidate: Candidate, baseline: WorkerProcess, reference: Mapping[str, list[Any]], budget: float
@@ -263,6 +287,9 @@ class Run:
         )  # fmt: skip
         if candidate.status == Status.PASSED:
             candidate.status, candidate.reason = judge_speed(candidate.speed, self.plan.gates)
+        if candidate.status == Status.PASSED:
+            with running(worker):
+                candidate.throughput = Throughput(**worker.ask("sweep", limit=STEP_LIMIT))
         self.progress.timed(candidate)
 
     def _report(self, winner: Candidate | None, code: int) -> Report:
@@ -277,11 +304,13 @@ class Run:
             gates=plan.gates,
             objective=self.objective,
             evaluation=Evaluation(texts.source, plan.calibration_digest, texts.pooling, texts.top1, texts.labels),
-            left_out={left.recipe.name: left.reason for left in plan.left_out},
+            left_out=self.left_out,
             candidates=tuple(self.candidates),
             emitted=winner.name if winner is not None else None,
             seconds={name: round(seconds, 2) for name, seconds in self.seconds.items()},
             baseline=self.baseline,
+            peaks=self.peaks,
+            work=self.work,
         )
 
     def _stamp(self) -> dict[str, tuple[int, int, int]]:

@@ -13,6 +13,7 @@ from optimize.pipeline.accuracy import Accuracy, compare_outputs, why_rejected, 
 from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Cell, Gates, Kind
 from optimize.pipeline.errors import WorkerError
+from optimize.pipeline.manifest import Report
 from optimize.pipeline.metrics import classification_metrics
 from optimize.pipeline.workers import WorkerProcess
 
@@ -43,6 +44,15 @@ class Trial:
     top1: bool
     labels: Sequence[int] | None
     tick: Callable[[], None] = lambda: None
+
+    @classmethod
+    def of_report(cls, report: Report, inputs: Path, scratch: Path, cores: int) -> Trial:
+        """The trial of a run that is over, on the inputs that it left."""
+        evaluation = report.evaluation
+        return cls(
+            inputs, scratch, report.checkpoint.task, cores, report.workload, report.gates,
+            evaluation.pooling, evaluation.top1, evaluation.labels,
+        )  # fmt: skip
 
     def open(self, name: str, kind: Kind, path: Path) -> Opened:
         """Open an artifact in a new worker. Raises WorkerError, and leaves no process behind then."""

@@ -12,8 +12,10 @@ from optimize.pipeline.accuracy import Accuracy
 from optimize.pipeline.contract import Gates, Kind, Objective
 from optimize.pipeline.errors import ExitCode
 from optimize.pipeline.measure import Speed
+from optimize.pipeline.roofline import Roof
 from optimize.pipeline.statistics import Difference, Interval, difference
 
+HOPELESS = 10  # times the gate: so large a drop does not come from a few layers
 MOST_TIMES = 50  # the budget: nobody waits longer
 
 
@@ -40,6 +42,14 @@ class StepReport:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Throughput:
+    """Of one process alone, on growing batches: where it grows no more."""
+
+    batch: int
+    tokens_per_second: float
+
+
 @dataclass
 class Candidate:
     """One recipe with everything that was found out about it."""
@@ -56,6 +66,9 @@ class Candidate:
     peak_memory: int | None = None  # bytes resident while it ran, at most
     accuracy: Accuracy | None = None
     speed: Speed | None = None
+    arithmetic: str = "float32"  # the dtype of its matrix products
+    roofs: tuple[Roof, ...] = ()  # of the cells, where the host's peak for that dtype is known
+    throughput: Throughput | None = None
 
     @property
     def build_seconds(self) -> float:
@@ -86,6 +99,17 @@ def _what_would_tell(interval: Interval, gate: float) -> str:
     if times > MOST_TIMES:
         return "it is too close to the gate for any budget"
     return f"about {math.ceil(times)} times the budget would tell, if the host stays as it is"
+
+
+def why_not_recover(candidate: Candidate | None, gates: Gates) -> str | None:
+    """Why there is no point in a milder recipe than this candidate's, or None when there is."""
+    if candidate is None:
+        return "was not tried"
+    if candidate.status is not Status.INACCURATE or candidate.accuracy is None:
+        return f"is {candidate.status}, not inaccurate"
+    if candidate.accuracy.drop.value > HOPELESS * gates.max_drop:
+        return f"drops by more than {HOPELESS} times the gate"
+    return None
 
 
 def choose(

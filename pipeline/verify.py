@@ -75,11 +75,8 @@ def verify_folder(folder: Path, budget: float) -> Verification:
         report.host.target.device, report.host.target.features, report.host.target.cores,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="optimize-verify-") as scratch:
-        evidence, evaluation = folder / EVIDENCE, report.evaluation
-        trial = Trial(
-            evidence, Path(scratch), report.checkpoint.task, host.cores, report.workload, report.gates,
-            evaluation.pooling, evaluation.top1, evaluation.labels,
-        )  # fmt: skip
+        evidence = folder / EVIDENCE
+        trial = Trial.of_report(report, evidence, Path(scratch), host.cores)
         reference = {name: load_batches(evidence / f"reference.{name}.npz") for name in (TEXT, CELLS)}
         try:
             with trial.open("artifact", manifest.kind, folder).worker as worker:

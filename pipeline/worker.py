@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import signal
@@ -22,6 +23,8 @@ from typing import Any
 from optimize.pipeline.contract import Artifact, Context, Kind, Session, Target
 
 PR_SET_PDEATHSIG = 1
+MAX_BATCH, MAX_CALL = 256, 1.0  # of a sweep: rows, seconds
+GAIN = 1.05  # what a larger batch must bring for the sweep to go on
 
 
 class Worker:
@@ -82,6 +85,17 @@ class Worker:
         first = time.perf_counter()
         return {"load": loaded - start, "first": first - loaded}
 
+    def layers(self, kind: str, path: str, task: str, batches: str, count: int, out: str) -> dict[str, Any] | None:
+        """Write what an artifact computes on the way for the first `count` batches; None where it cannot be seen."""
+        from optimize.pipeline.batches import load_batches, save_batches
+        from optimize.targets.runtimes import layers
+
+        found = layers(Kind(kind), Path(path), task, load_batches(Path(batches))[:count])
+        if found is None:
+            return None
+        save_batches(Path(out), found.outputs)
+        return {"products": dict(found.products), "overflow": found.overflow}
+
     def calibrate(self, seconds: float) -> int:
         """How many of the self-test's products take about that long."""
         from optimize.pipeline.selftest import calibrate
@@ -93,6 +107,40 @@ class Worker:
         from optimize.pipeline.selftest import Products
 
         self._session, self._cells = Products(count), [{}]
+
+    def peaks(self, target: Mapping[str, Any]) -> dict[str, Any]:
+        """What the host reaches at most: see roofline.Peaks."""
+        module = importlib.import_module(f"optimize.targets.{target['name'].replace('-', '_')}")
+        found: dict[str, Any] = module.peaks(Target(**target))
+        return found
+
+    def work(self) -> list[dict[str, int]]:
+        """What each cell cannot do without (see roofline.Work), counted on the eager model that is open."""
+        session: Any = self._session
+        return [session.work(cell) for cell in self._cells]
+
+    def sweep(self) -> dict[str, float]:
+        """The throughput of growing batches of the longest cell's rows, until it grows no more: the best of them."""
+        import numpy as np
+
+        assert self._session is not None
+        longest = max(self._cells, key=lambda cell: int(cell["input_ids"].shape[1]))
+        tokens = int(longest["input_ids"].shape[1])
+        best, batch, idle, seconds = {"batch": 0, "tokens_per_second": 0.0}, 1, 0, 0.0
+        while idle < 2 and batch <= MAX_BATCH and seconds < MAX_CALL:
+            feed = {name: np.resize(array, (batch, tokens)) for name, array in longest.items()}
+            calls = []
+            for _ in range(3):  # the first warms up
+                start = time.perf_counter()
+                self._session.run(feed)
+                calls.append(time.perf_counter() - start)
+            seconds = min(calls[1:])
+            rate = batch * tokens / seconds
+            idle = idle + 1 if rate < best["tokens_per_second"] * GAIN else 0
+            if rate > best["tokens_per_second"]:
+                best = {"batch": batch, "tokens_per_second": rate}
+            batch *= 2
+        return best
 
     def evaluate(self, task: str, pooling: str | None, batches: str, out: str) -> dict[str, Any]:
         """Run every batch of an .npz and write what is judged of each example to another, with peculiarities."""

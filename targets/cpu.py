@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from optimize.pipeline.contract import Checkpoint, Recipe, Target
 from optimize.pipeline.recipe import parse
@@ -12,6 +18,10 @@ from optimize.pipeline.recipe import parse
 # instruction sets that change what compilers and kernels do; other flags do not enter keys
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
             "asimddp", "i8mm", "bf16", "sve")  # fmt: skip
+
+PRODUCT = 2048  # rows of the square matrices that arithmetic is measured with
+READ = 1 << 28  # bytes that memory is measured with: more than any cache holds
+TRYING = 0.5  # seconds for each peak
 
 RECIPES = {
     "eager-bf16": "cast-dtype",
@@ -25,7 +35,17 @@ RECIPES = {
     "openvino-bf16": "convert-openvino,hint-openvino",
     "openvino-int8-weights": "convert-openvino,quantize-openvino{mode=weights}",
     "openvino-int8": "convert-openvino,quantize-openvino",
-    "openvino-int8-keep": "convert-openvino,quantize-openvino{keep=1}",
+    "openvino-int8-keep1": "convert-openvino,quantize-openvino{keep=1}",
+    "openvino-int8-keep4": "convert-openvino,quantize-openvino{keep=4}",
+    "onnx-int8-dynamic-keep2": "export-onnx,quantize-onnx{keep=2}",
+    "onnx-int8-dynamic-keep6": "export-onnx,quantize-onnx{keep=6}",
+}
+# recipe -> the one that must have proved inaccurate before this one, which keeps more in floating point, is built
+RECOVERIES = {
+    "openvino-int8-keep1": "openvino-int8",
+    "openvino-int8-keep4": "openvino-int8-keep1",
+    "onnx-int8-dynamic-keep2": "onnx-int8-dynamic",
+    "onnx-int8-dynamic-keep6": "onnx-int8-dynamic-keep2",
 }
 
 
@@ -53,7 +73,39 @@ def probe() -> Target:
 
 def recipes(checkpoint: Checkpoint, target: Target) -> tuple[Recipe, ...]:
     """The candidates, cheapest first. A pass that cannot run here says so in the plan."""
-    return tuple(parse(text, name) for name, text in RECIPES.items())
+    return tuple(replace(parse(text, name), after=RECOVERIES.get(name, "")) for name, text in RECIPES.items())
+
+
+def peaks(target: Target) -> dict[str, Any]:
+    """What this host reaches at most: see roofline.Peaks. Best of several tries of products of square matrices.
+
+    Takes about three seconds, and torch: only a worker calls it.
+    """
+    import torch
+
+    torch.set_num_threads(target.cores)
+    operations = {}
+    for dtype in (*target.dtypes, "int8"):
+        if dtype == "int8":
+            left, right = torch.randint(-100, 100, (2, PRODUCT, PRODUCT), dtype=torch.int8)
+            product = partial(torch._int_mm, left, right)
+        else:
+            left, right = torch.rand((2, PRODUCT, PRODUCT)).to(getattr(torch, dtype))
+            product = partial(torch.matmul, left, right)
+        operations[dtype] = 2 * PRODUCT**3 / _fastest(product)
+    read = torch.ones(READ // 4)
+    return {"operations": operations, "bandwidth": READ / _fastest(read.sum)}
+
+
+def _fastest(call: Callable[[], Any]) -> float:
+    """Seconds of the fastest of the calls that fit into TRYING, after one to warm up."""
+    call()
+    best, end = math.inf, time.perf_counter() + TRYING
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def _cpuinfo() -> tuple[str, set[str]]:

@@ -6,10 +6,13 @@ Only a worker (or `optimize.load`) opens one, so these modules import their libr
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from optimize.pipeline.contract import Kind, Session
+import numpy as np
+
+from optimize.pipeline.contract import Array, Batch, Kind, Layers, Session
 
 RUNTIMES = {
     Kind.CHECKPOINT: "eager",
@@ -17,6 +20,17 @@ RUNTIMES = {
     Kind.ONNX: "onnxruntime",
     Kind.OPENVINO: "openvino",
 }
+
+
+def layers(kind: Kind, path: Path, task: str, batches: Sequence[Batch]) -> Layers | None:
+    """What an artifact computes on the way; None for a kind that does not show it."""
+    look = getattr(importlib.import_module(f"optimize.targets.runtimes.{RUNTIMES[kind]}"), "layers", None)
+    return None if look is None else cast(Layers, look(path, task, batches))
+
+
+def weights_key(weights: Array) -> str:
+    """The same for one matrix in every kind, transposed or not: its size and norm."""
+    return f"{weights.size} {np.linalg.norm(weights.astype(np.float64)):.6e}"
 
 
 def open_session(kind: Kind, path: Path, task: str, cores: int) -> Session:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ import numpy as np
 import openvino
 
 from optimize.passes.convert_openvino import IR, RUNTIME_OPTIONS
-from optimize.pipeline.contract import Array, Batch
+from optimize.passes.quantize_openvino import is_matmul_of_weights, weight_of
+from optimize.pipeline.contract import Array, Batch, Layers
+from optimize.targets.runtimes import weights_key
+
+# operations whose outputs are layers to a reader; what lies between them is layout and arithmetic of one layer
+SHOWN = ("Gather", "MatMul", "Add", "Gelu", "Relu", "Tanh", "MVN", "ScaledDotProductAttention", "Softmax")
 
 
 class OpenvinoSession:
@@ -25,6 +31,28 @@ class OpenvinoSession:
         self._request.infer({name: batch[name] for name in self.inputs}, share_inputs=True)
         tensors = [self._request.get_output_tensor(index).data for index in range(len(self._outputs))]
         return {name: np.array(tensor) for name, tensor in zip(self._outputs, tensors, strict=True)}
+
+
+def layers(path: Path, task: str, batches: Sequence[Batch]) -> Layers:
+    """The operations of SHOWN, by their friendly names. A product's is the one after its bias was added."""
+    model = openvino.Core().read_model(path / IR)
+    nodes = [node for node in model.get_ordered_ops() if node.get_type_name() in SHOWN]
+    products = {}
+    for node in nodes:
+        if is_matmul_of_weights(node):
+            users = [port.get_node() for port in node.output(0).get_target_inputs()]
+            biased = len(users) == 1 and users[0].get_type_name() == "Add"
+            last = users[0] if biased else node
+            products[last.get_friendly_name()] = weights_key(np.asarray(weight_of(node).data))
+    names = [node.get_friendly_name() for node in nodes]
+    probe = openvino.Model([node.output(0) for node in nodes], model.get_parameters(), "layers")
+    compiled = openvino.Core().compile_model(probe, "CPU", json.loads((path / RUNTIME_OPTIONS).read_text()))
+    taken = [port.any_name for port in compiled.inputs]
+    outputs = []
+    for batch in batches:
+        answer = compiled({name: batch[name] for name in taken})
+        outputs.append({name: np.array(answer[index], dtype=np.float32) for index, name in enumerate(names)})
+    return Layers(tuple(outputs), products)
 
 
 def open_session(path: Path, task: str, cores: int) -> OpenvinoSession:
