@@ -74,7 +74,7 @@ def support_page() -> str:
     parts.append("## Targets\n")
     modules = [(name, importlib.import_module(f"optimize.targets.{name.replace('-', '_')}")) for name in target_names()]
     rows = [
-        (f"`{name}`", "<br>".join(f"{recipe}: `{text}`" for recipe, text in module.RECIPES.items()))
+        (f"`{name}`", "<br>".join(_recipe(module, recipe) for recipe in module.RECIPES))
         for name, module in modules
     ]
     parts.append(_table(("target", "recipes"), rows))
@@ -120,6 +120,11 @@ def _bad_input() -> ModuleType:
             sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
     return sys.modules["tests.bad_input"]
+
+
+def _recipe(module: ModuleType, name: str) -> str:
+    after = module.RECOVERIES.get(name)
+    return f"{name}: `{module.RECIPES[name]}`" + (f", if {after} is inaccurate" if after else "")
 
 
 def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

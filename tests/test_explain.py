@@ -38,7 +38,7 @@ class DamagedExport(ExportOnnx):
         facts = super().run(source, context, out)
         model = onnx.load(out / "model.onnx")
         for tensor in model.graph.initializer:
-            if tensor.name.endswith("encoder.layer.0.attention.output.LayerNorm.weight"):
+            if tensor.name == "encoder.layer.0.intermediate.dense.bias":
                 noise = numpy.random.default_rng(0).normal(size=tensor.dims).astype("float32")
                 tensor.CopyFrom(onnx.numpy_helper.from_array(noise, tensor.name))
         for path in out.iterdir():
@@ -90,9 +90,9 @@ def test_a_damaged_export_is_found_by_the_weights_that_follow(
     _, run = rejected(cli, tiny, "damaged-export", tmp_path / "out")
     found = explained(cli, run)
     assert found["culprit"] == 1
-    assert len(found["layers"]) == 12  # six products in each of two layers: what checkpoint and graph have in common
+    assert len(found["layers"]) == 13  # six products in each of two layers, and the pooler
     first = [each["layer"] for each in found["layers"]].index(above(found)[0])
-    assert first == 4  # after query, key, value and the attention's output
+    assert first == 4  # after query, key, value and the output of attention
 
 
 def test_an_overflow_is_traced_to_its_module(tiny: Path, cli: Cli, third_party: object, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class OpenvinoSession:
 def layers(path: Path, task: str, batches: Sequence[Batch]) -> Layers:
     """The operations of SHOWN, by their friendly names. A product's is the one after its bias was added."""
     model = openvino.Core().read_model(path / IR)
-    nodes = [node for node in model.get_ordered_ops() if node.get_type_name() in SHOWN]
+    nodes = [node for node in model.get_ordered_ops() if node.get_type_name() in SHOWN and _is_real_array(node)]
     products = {}
     for node in nodes:
         if is_matmul_of_weights(node):
@@ -53,6 +53,12 @@ def layers(path: Path, task: str, batches: Sequence[Batch]) -> Layers:
         answer = compiled({name: batch[name] for name in taken})
         outputs.append({name: np.array(answer[index], dtype=np.float32) for index, name in enumerate(names)})
     return Layers(tuple(outputs), products)
+
+
+def _is_real_array(node: Any) -> bool:
+    """Not a number that shapes are reckoned with."""
+    port = node.output(0)
+    return bool(port.get_element_type().is_real() and port.get_partial_shape().rank.get_length() > 1)
 
 
 def open_session(path: Path, task: str, cores: int) -> OpenvinoSession:
