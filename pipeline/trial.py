@@ -11,9 +11,9 @@ from typing import Any
 
 from optimize.pipeline.accuracy import Accuracy, compare_outputs, why_rejected, why_unsteady
 from optimize.pipeline.batches import load_batches
-from optimize.pipeline.contract import Cell, Gates, Kind
+from optimize.pipeline.contract import Cell, Gates, Kind, Labels
 from optimize.pipeline.errors import WorkerError
-from optimize.pipeline.metrics import classification_metrics
+from optimize.pipeline.metrics import task_metrics
 from optimize.pipeline.workers import WorkerProcess
 
 STEP_LIMIT = float(os.environ.get("OPTIMIZE_STEP_LIMIT", "1800"))  # seconds for one pass or one request
@@ -41,7 +41,8 @@ class Trial:
     gates: Gates
     pooling: str | None
     top1: bool
-    labels: Sequence[int] | None
+    labels: Labels | None
+    classes: Mapping[int, str] | None
     tick: Callable[[], None] = lambda: None
 
     def open(self, name: str, kind: Kind, path: Path) -> Opened:
@@ -87,7 +88,8 @@ class Trial:
         expected = [*reference[TEXT], *reference[CELLS]]
         accuracy = compare_outputs(expected, [*evaluated, *celled], top1=self.top1, cells=rows)
         if self.labels is not None:
-            metrics = classification_metrics(reference[TEXT], evaluated, self.labels)
+            batches = load_batches(self.inputs / f"{TEXT}.npz")
+            metrics = task_metrics(self.task, batches, reference[TEXT], evaluated, self.labels, self.classes)
             accuracy = dataclasses.replace(accuracy, metrics=metrics)
         return accuracy, why_unsteady(repeat_error, expected) or why_rejected(accuracy, self.gates)
 

@@ -46,6 +46,7 @@ class Verification:
             f"digests   {self.files} files, all as emitted",
             f"accuracy  cosine {1 - drop.value:.5f} (worst {1 - self.accuracy.worst_drop:.4f}) on "
             f"{self.accuracy.examples} examples: {self.rejected or 'passes the gate'}",
+            *(f"          {metric}" for metric in self.accuracy.metrics),
             f"speed     {self.speed.overall if self.speed else 'not measured'}"
             + (f": {self.remark}" if self.remark else ""),
         ]
@@ -78,7 +79,7 @@ def verify_folder(folder: Path, budget: float) -> Verification:
         evidence, evaluation = folder / EVIDENCE, report.evaluation
         trial = Trial(
             evidence, Path(scratch), report.checkpoint.task, host.cores, report.workload, report.gates,
-            evaluation.pooling, evaluation.top1, evaluation.labels,
+            evaluation.pooling, evaluation.top1, evaluation.labels, evaluation.classes,
         )  # fmt: skip
         reference = {name: load_batches(evidence / f"reference.{name}.npz") for name in (TEXT, CELLS)}
         try:
