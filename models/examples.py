@@ -112,13 +112,15 @@ def encode(
     tokenizer that cannot tell it.
     """
     split = bool(rows) and "tokens" in rows[0]
-    tokenizer = _tokenizer(folder, words=split)
+    tokenizer = _tokenizer(folder)
     spans = labelled and bool(rows) and "context" in rows[0]
     if (split or spans) and not tokenizer.is_fast:
         raise RequestError(
             f"{type(tokenizer).__name__} cannot tell which token belongs to which word",
             hint="save the checkpoint with a tokenizer.json, or give text without labels",
         )
+    if split:
+        _begin_words_as_after_a_space(tokenizer)
     turns = tuple(sizes)
     batches: list[Encoded] = []
     start = 0
@@ -183,12 +185,22 @@ def encode_cells(folder: Path, rows: Sequence[Row], cells: Iterable[tuple[int, i
     return batches
 
 
-def _tokenizer(folder: Path, *, words: bool = False) -> Any:
-    """The checkpoint's own; for text in `words`, each of them begins as after a space."""
+def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    options = {"add_prefix_space": True} if words else {}
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _begin_words_as_after_a_space(tokenizer: Any) -> None:
+    """Have each word of a list tokenized as in running text. `add_prefix_space` does it for some tokenizers only."""
+    from tokenizers import pre_tokenizers
+
+    first: Any = tokenizer.backend_tokenizer.pre_tokenizer
+    for each in first if isinstance(first, pre_tokenizers.Sequence) else (first,):
+        if isinstance(each, pre_tokenizers.ByteLevel):
+            each.add_prefix_space = True
+        elif isinstance(each, pre_tokenizers.Metaspace):
+            each.prepend_scheme = "always"
 
 
 def _shipped(task: Task) -> list[Row]:
@@ -301,8 +313,7 @@ def _tags_by_name(rows: list[Row], features: Mapping[str, Any]) -> list[Row]:
 
 
 def _labelled(rows: Sequence[Row], task: Task) -> tuple[Labelled | None, str]:
-    """The task's labelled columns and the name of the labels', if they are in any row. A row without is refused later.
-    """
+    """The task's labelled columns and the name of the labels', if any row has them: rows without are refused later."""
     found = {name for row in rows for name in row}
     labelled = task.labelled
     if labelled is None or not all(found & set(ALIASES.get(name, (name,))) for name in labelled.columns):
@@ -390,9 +401,7 @@ def _class(value: object, column: str, where: str, id2label: Mapping[int, str]) 
     if isinstance(index, int) and not isinstance(index, bool) and index in id2label:
         return index
     listed = ", ".join(f"{index} {name}" for index, name in list(id2label.items())[:10])
-    raise RequestError(
-        f"{where}: {column} {value!r} is not one of the model's", hint=f"the model's labels: {listed}"
-    )
+    raise RequestError(f"{where}: {column} {value!r} is not one of the model's", hint=f"the model's labels: {listed}")
 
 
 def _score(value: object, column: str, where: str) -> float:

@@ -163,16 +163,14 @@ def tagging_metrics(
     A word answers with its first token. Words that were cut off count on neither side. Entities are seqeval's, as
     conlleval reads them; their F1 is the micro average. Raises ValueError where labels and words do not fit.
     """
-    sides = [word_answers(batches, side) for side in (reference, candidate)]
-    _check_numbers(*sides, tags)
-    for truth, words in zip(tags, sides[0], strict=True):
-        if words and max(words) >= len(truth):
-            raise ValueError(f"{len(truth)} labels for a sentence with a word {max(words) + 1}")
-    sentences = [
-        [(truth[word], before[word], after[word]) for word in before]
-        for truth, before, after in zip(tags, *sides, strict=True)
-        if before
-    ]
+    ours, theirs = word_answers(batches, candidate), word_answers(batches, reference)
+    _check_numbers(theirs, ours, tags)
+    sentences = []
+    for labels, words, others in zip(tags, theirs, ours, strict=True):
+        if words and max(words) >= len(labels):
+            raise ValueError(f"{len(labels)} labels for a sentence with a word {max(words) + 1}")
+        if words:
+            sentences.append([(labels[word], words[word], others[word]) for word in words])
     answered = np.array([word for sentence in sentences for word in sentence]).reshape(-1, 3)
     truth, before, after = answered.T
     accuracy = _share_of_right("token accuracy", before == truth, after == truth, "words")
@@ -199,23 +197,24 @@ def answering_metrics(
     for unlike numbers of examples.
     """
     unanswerable = not all(truths)
-    answers = [span_answers(batches, side, none_is_allowed=unanswerable) for side in (reference, candidate)]
-    _check_numbers(*answers, truths)
-    right, scores = (
-        [np.array([score(*pair) for pair in zip(side, truths, strict=True)]) for side in answers]
-        for score in (exact_match, token_f1)
-    )
+    before, after = (span_answers(batches, side, none_is_allowed=unanswerable) for side in (reference, candidate))
+    _check_numbers(before, after, truths)
+
+    def each(score: Callable[[str, Sequence[str]], float], answers: Sequence[str]) -> NDArray[Any]:
+        return np.array([score(*pair) for pair in zip(answers, truths, strict=True)])
 
     def mean(side: NDArray[Any], rows: NDArray[Any]) -> float:
         return float(side[rows].mean())
 
+    scores = each(token_f1, before), each(token_f1, after)
     changed = int((scores[0] != scores[1]).sum())
-    return _share_of_right("exact match", *right), _bootstrapped("token F1", mean, *scores, changed)
+    return (
+        _share_of_right("exact match", each(exact_match, before), each(exact_match, after)),
+        _bootstrapped("token F1", mean, *scores, changed),
+    )
 
 
-def _share_of_right(
-    name: str, before: NDArray[np.bool_], after: NDArray[np.bool_], unit: str = "examples"
-) -> Metric:
+def _share_of_right(name: str, before: NDArray[np.bool_], after: NDArray[np.bool_], unit: str = "examples") -> Metric:
     """The share of right answers. `before` and `after` say which the reference and the candidate got right.
 
     The interval is exact too: Clopper and Pearson's for the answers lost and for those gained, each at half of the 5%,

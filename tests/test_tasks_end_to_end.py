@@ -127,7 +127,9 @@ def test_each_tasks_own_metrics_are_reported_and_verified(
     task: str, architecture: str, metrics: list[str], make_checkpoint: MakeCheckpoint, cli: Cli, tmp_path: Path
 ) -> None:
     named = task == "token-classification"
-    labels = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}} if named else {}
+    labels = (
+        {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}} if named else {}
+    )
     folder = make_checkpoint(architecture, **labels)
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text("\n".join(map(json.dumps, labelled_rows(task))))

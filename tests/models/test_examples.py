@@ -176,7 +176,9 @@ def pairs(number: int, **columns: Any) -> list[dict[str, Any]]:
 
 
 def tagged(number: int, **columns: Any) -> list[dict[str, Any]]:
-    return [{"tokens": ["Ann", "Lee", f"ate {index}"], "tags": ["B-PER", "I-PER", "O"]} | columns for index in range(number)]
+    return [
+        {"tokens": ["Ann", "Lee", f"ate {index}"], "tags": ["B-PER", "I-PER", "O"]} | columns for index in range(number)
+    ]
 
 
 def asked(number: int, **columns: Any) -> list[dict[str, Any]]:
@@ -190,7 +192,9 @@ def test_a_scored_pair_is_two_texts(name: str, column: str, tmp_path: Path) -> N
     found = read_examples(write(tmp_path / name, rows), SIMILARITY)
     judged = [index for index in range(30) if index % 3 != 1]
     assert found.labels == tuple(index / 10 for index in judged)
-    assert [row["text"] for row in found.evaluation] == [f"{n} {index}." for index in judged for n in ("First", "Second")]
+    assert [row["text"] for row in found.evaluation] == [
+        f"{n} {index}." for index in judged for n in ("First", "Second")
+    ]
     assert len(found.calibration) == 20 and not texts(found.evaluation) & texts(found.calibration)
 
 
@@ -222,7 +226,9 @@ def test_text_without_labels_is_as_it_was(task: Any, tmp_path: Path) -> None:
     found = read_examples(write(tmp_path / "d.jsonl", sentences(30)), task, TAGS)
     assert found.labels is None and len(found.evaluation) == 20
     unlabelled = [{key: row[key] for key in ("sentence1", "sentence2")} for row in pairs(30)]
-    assert dict(read_examples(write(tmp_path / "p.jsonl", unlabelled), SIMILARITY).evaluation[0]) == {"text": "First 0."}
+    assert dict(read_examples(write(tmp_path / "p.jsonl", unlabelled), SIMILARITY).evaluation[0]) == {
+        "text": "First 0."
+    }
 
 
 @pytest.mark.parametrize("column", ["tags", "ner_tags", "labels"])
@@ -390,17 +396,23 @@ def test_words_beyond_the_limit_are_not_marked(minilm: Path) -> None:
     assert batch[WORDS].tolist() == [[-1, 0, 1, 2, 3, 4, 5, -1]]
 
 
-def test_words_of_a_byte_level_tokenizer_begin_as_after_a_space(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+@pytest.mark.parametrize("kind", ["byte-level", "sequence", "metaspace"])
+def test_words_begin_as_after_a_space(kind: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: index for index, token in enumerate(("[PAD]", "\u0120", "a", "b", "\u0120a", "\u0120b"))}
-    made = Tokenizer(models.BPE(vocabulary, [("\u0120", "a"), ("\u0120", "b")]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    space = "\u2581" if kind == "metaspace" else "\u0120"
+    vocabulary = {token: index for index, token in enumerate(("[PAD]", space, "a", "b", f"{space}a", f"{space}b"))}
+    made = Tokenizer(models.BPE(vocabulary, [(space, "a"), (space, "b")]))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.pre_tokenizer = {
+        "byte-level": level,
+        "sequence": pre_tokenizers.Sequence([pre_tokenizers.Digits(), level]),
+        "metaspace": pre_tokenizers.Metaspace(prepend_scheme="never"),
+    }[kind]
     PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]").save_pretrained(tmp_path)
     (batch,) = encode(tmp_path, [{"tokens": ["a", "b"]}], 8, (1,), labelled=True)
-    assert batch["input_ids"].tolist() == [[4, 5]]
+    assert batch["input_ids"].tolist() == [[4, 5]] and batch[WORDS].tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

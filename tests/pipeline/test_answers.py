@@ -105,7 +105,9 @@ def logits(start: dict[int, float], end: dict[int, float]) -> list[Arrays]:
         ({0: 99, 5: 1}, {0: 99, 5: 1}, "fell"),
     ],
 )
-def test_the_best_span_lies_in_the_context(left: int, start: dict[int, float], end: dict[int, float], answer: str) -> None:
+def test_the_best_span_lies_in_the_context(
+    left: int, start: dict[int, float], end: dict[int, float], answer: str
+) -> None:
     assert span_answers(asked(left), logits(start, end), none_is_allowed=False) == [answer]
 
 

@@ -114,9 +114,7 @@ def test_labels_of_every_kind_are_read_back(
 
 
 @pytest.mark.parametrize("labels", [["Ann"], [[0], ["Ann"]], [[0.5]], 3])
-def test_other_labels_are_refused(
-    labels: Any, document: dict[str, Any], read: Callable[[object], Manifest]
-) -> None:
+def test_other_labels_are_refused(labels: Any, document: dict[str, Any], read: Callable[[object], Manifest]) -> None:
     document["report"]["evaluation"]["labels"] = labels
     with pytest.raises(ArtifactError, match="is not a valid manifest"):
         read(document)
