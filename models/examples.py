@@ -196,7 +196,8 @@ def _begin_words_as_after_a_space(tokenizer: Any) -> None:
     from tokenizers import pre_tokenizers
 
     first: Any = tokenizer.backend_tokenizer.pre_tokenizer
-    for each in first if isinstance(first, pre_tokenizers.Sequence) else (first,):
+    several = isinstance(first, pre_tokenizers.Sequence)
+    for each in first if several else (first,):
         if isinstance(each, pre_tokenizers.ByteLevel):
             each.add_prefix_space = True
         elif isinstance(each, pre_tokenizers.Metaspace):

@@ -133,8 +133,20 @@ def test_each_tasks_own_metrics_are_reported_and_verified(
     folder = make_checkpoint(architecture, **labels)
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text("\n".join(map(json.dumps, labelled_rows(task))))
-    given = ("--task", task, "--data", data, "--recipe", "convert-openvino", "--max-drop", "0.01")
-    outcome = cli(folder, *given, *QUICK, "--out", out)
+    given = (
+        "--task",
+        task,
+        "--data",
+        data,
+        "--recipe",
+        "convert-openvino",
+        "--max-drop",
+        "0.01",
+        *QUICK,
+        "--workload",
+        "1x8",
+    )
+    outcome = cli(folder, *given, "--out", out)
     assert outcome.code == 0, outcome.output
     assert outcome.report is not None
     found = outcome.report["candidates"][0]["accuracy"]["metrics"]
