@@ -15,7 +15,7 @@ from types import ModuleType
 
 import click
 
-from optimize.models.tasks import TASKS
+from optimize.models.tasks import TASKS, Task
 from optimize.pipeline.cli import main_group
 from optimize.pipeline.driver import target_names
 from optimize.pipeline.manifest import schema
@@ -74,21 +74,25 @@ def support_page() -> str:
     parts.append("## Targets\n")
     modules = [(name, importlib.import_module(f"optimize.targets.{name.replace('-', '_')}")) for name in target_names()]
     rows = [
-        (f"`{name}`", "<br>".join(_recipe(module, recipe) for recipe in module.RECIPES))
-        for name, module in modules
+        (f"`{name}`", "<br>".join(_recipe(module, recipe) for recipe in module.RECIPES)) for name, module in modules
     ]
     parts.append(_table(("target", "recipes"), rows))
     parts.append("## Tasks\n")
     rows = [
         (
             f"`{task.name}`", ", ".join(f"...{ending}" for ending in task.architectures) or "(modules.json is there)",
-            task.auto_class, ", ".join(task.columns), ", ".join(task.outputs), task.label_column or "",
+            task.auto_class, ", ".join(task.columns), ", ".join(task.outputs), _labelled(task),
         )
         for task in TASKS.values()
     ]  # fmt: skip
-    titles = ("task", "architectures", "loaded as", "columns of `--data`", "judged outputs", "label column")
+    titles = ("task", "architectures", "loaded as", "columns of `--data`", "judged outputs", "or labelled")
     parts.append(_table(titles, rows))
     return "\n".join([*parts, NOT_HERE])
+
+
+def _labelled(task: Task) -> str:
+    labelled = task.labelled
+    return "" if labelled is None else ", ".join((*labelled.columns, " or ".join(labelled.names)))
 
 
 def exit_codes_page(page: str) -> str:

@@ -14,10 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optimize.pipeline.answers import kept_positions
+from optimize.pipeline.contract import LabelKind
 from optimize.pipeline.errors import CheckpointError
 
 BATCH, SEQUENCE, FEATURES = "batch", "sequence", "features"
-MAX_ELEMENTS = 1 << 20  # kept of one output of one example: 4 MiB in float32
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What --data with labels has: its columns, and what they are labelled with."""
+
+    kind: LabelKind
+    columns: tuple[str, ...]  # in place of the task's own
+    names: tuple[str, ...]  # of the column of labels: the first that is there
+    apart: bool = False  # whether each column is an input by itself, not all of them one
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Task:
     outputs: Mapping[str, tuple[str, ...]]
     output_class: str  # of transformers.modeling_outputs
     top1: bool = False  # whether the largest element of an output is an answer
-    label_column: str | None = None  # the column of --data whose metric is computed
+    labelled: Labelled | None = None  # what the task's own metrics are computed on
 
 
 HIDDEN = {"last_hidden_state": (BATCH, SEQUENCE, FEATURES)}
@@ -42,20 +53,27 @@ TASKS = {
     row.name: row
     for row in (
         Task("feature-extraction", "AutoModel", ("Model",), ("text",), HIDDEN, "BaseModelOutputWithPooling"),
-        Task("sentence-similarity", "AutoModel", (), ("text",), HIDDEN, "BaseModelOutputWithPooling"),
+        Task(
+            "sentence-similarity", "AutoModel", (), ("text",), HIDDEN, "BaseModelOutputWithPooling",
+            labelled=Labelled(
+                LabelKind.SCORE, ("sentence1", "sentence2"), ("score", "similarity", "label"), apart=True
+            ),
+        ),
         Task(
             "text-classification", "AutoModelForSequenceClassification", ("ForSequenceClassification",), ("text",),
-            {"logits": (BATCH, FEATURES)}, "SequenceClassifierOutput", top1=True, label_column="label",
+            {"logits": (BATCH, FEATURES)}, "SequenceClassifierOutput", top1=True,
+            labelled=Labelled(LabelKind.CLASS, ("text",), ("label",)),
         ),
         Task(
             "token-classification", "AutoModelForTokenClassification", ("ForTokenClassification",), ("text",),
             PER_TOKEN, "TokenClassifierOutput", top1=True,
+            labelled=Labelled(LabelKind.TAGS, ("tokens",), ("tags", "ner_tags", "labels")),
         ),
         Task("fill-mask", "AutoModelForMaskedLM", ("ForMaskedLM",), ("text",), PER_TOKEN, "MaskedLMOutput", top1=True),
         Task(
             "question-answering", "AutoModelForQuestionAnswering", ("ForQuestionAnswering",), ("question", "context"),
             {"start_logits": (BATCH, SEQUENCE), "end_logits": (BATCH, SEQUENCE)}, "QuestionAnsweringModelOutput",
-            top1=True,
+            top1=True, labelled=Labelled(LabelKind.ANSWERS, ("question", "context"), ("answers", "answer")),
         ),
     )
 }  # fmt: skip
@@ -135,5 +153,4 @@ def _example(
     if pooling is not None:
         pooled = tokens[0] if pooling == "cls" else tokens.mean(axis=0)
         return np.asarray((pooled / max(float(np.linalg.norm(pooled)), 1e-12))[None, :], dtype=np.float32)
-    keep = max(1, min(len(tokens), MAX_ELEMENTS // max(1, tokens.shape[1])))
-    return np.asarray(tokens[np.linspace(0, len(tokens) - 1, keep).round().astype(int)])
+    return np.asarray(tokens[kept_positions(*tokens.shape)])

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optimize.pipeline.answers import Example
 from optimize.pipeline.contract import Cell, Gates
-from optimize.pipeline.metrics import Example, Metric
+from optimize.pipeline.metrics import Metric
 from optimize.pipeline.statistics import Interval, mean_interval
 
 TAIL = 10  # no single example may drop by more than this many times the gate; answers may differ as often

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Batch = Mapping[str, Array]  # input or output name -> array; the first axis is the batch
+Labels = tuple[int, ...] | tuple[float, ...] | tuple[tuple[int, ...], ...] | tuple[tuple[str, ...], ...]
 
 
 class Kind(StrEnum):
@@ -25,6 +26,20 @@ class Kind(StrEnum):
     AOTI = "aoti"  # model.pt2, an AOTInductor package
     ONNX = "onnx"  # model.onnx with model.onnx.data
     OPENVINO = "openvino"  # openvino_model.xml and .bin
+
+
+class LabelKind(StrEnum):
+    """What one example of labelled data is labelled with."""
+
+    CLASS = "class"  # one class of the model, by index
+    SCORE = "score"  # a number: how alike two texts are to people
+    TAGS = "tags"  # a class for each word, by index
+    ANSWERS = "answers"  # every text that is right; of none, the question cannot be answered
+
+    @property
+    def names_classes(self) -> bool:
+        """Whether labels are the model's own classes, by its own names."""
+        return self in (LabelKind.CLASS, LabelKind.TAGS)
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,9 @@ class Request:
         out = self.out if self.out is not None else Path(f"{checkpoint.name}-{target.name}")
         check_out(out, cache)
         task = tasks.TASKS[checkpoint.task]
-        labels = checkpoints.id2label(checkpoint.folder) if task.label_column else None
-        read = examples.read_examples(self.data, task, labels)
+        named = task.labelled is not None and task.labelled.kind.names_classes
+        classes = checkpoints.id2label(checkpoint.folder) if named else None
+        read = examples.read_examples(self.data, task, classes)
         plan = make_plan(
             checkpoint, target, explicit or defaults.recipes(checkpoint, target), workload=self.workload,
             gates=Gates(self.max_drop, self.min_speedup), budget=budget,
@@ -70,7 +71,8 @@ class Request:
             calibration_digest=read.calibration_digest if read.calibration else None,
         )  # fmt: skip
         pooling = tasks.sentence_pooling(checkpoint.folder) if task.name == "sentence-similarity" else None
-        texts = Texts(read.source, read.evaluation, read.calibration, read.labels, pooling, task.top1)
+        classes = classes if read.labels is not None else None
+        texts = Texts(read.source, read.evaluation, read.calibration, read.labels, classes, pooling, task.top1)
         return Planned(plan, texts, Store(cache / "store"), cache, out, objective)
 
 

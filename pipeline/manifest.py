@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimize.pipeline.accuracy import Accuracy
-from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Objective, Target
+from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Labels, Objective, Target
 from optimize.pipeline.errors import ArtifactError
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.plan import installed_version
@@ -51,7 +51,8 @@ class Evaluation:
     calibration_digest: str | None
     pooling: str | None  # how tokens become the sentence embedding that is judged
     top1: bool  # whether the largest element of an output is an answer
-    labels: tuple[int, ...] | None  # class indices of the examples, where --data had them
+    labels: Labels | None  # of the examples (pairs, for sentence-similarity), where --data had them: see LabelKind
+    classes: dict[int, str] | None = None  # the model's own names, where labels are its classes; since 1.2
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,11 @@ def print_report(console: Console, report: Report, out: Path) -> None:
     metrics = [(each.name, metric) for each in report.candidates if each.accuracy for metric in each.accuracy.metrics]
     for name, metric in metrics:
         console.print(f"{name}: {metric}", markup=False, highlight=False, soft_wrap=True)
-    if metrics and (unresolved := metrics[0][1].what_it_leaves_open(report.gates.max_drop)):
-        console.print(unresolved, markup=False, highlight=False, soft_wrap=True)
+    if metrics:
+        allowed, shown = report.gates.max_drop, report.emitted or metrics[0][0]
+        coarsest = max((metric for name, metric in metrics if name == shown), key=lambda each: each.needed(allowed))
+        if unresolved := coarsest.what_it_leaves_open(allowed):
+            console.print(unresolved, markup=False, highlight=False, soft_wrap=True)
     for name, reason in report.left_out.items():
         console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
     phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())

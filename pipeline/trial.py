@@ -11,10 +11,10 @@ from typing import Any
 
 from optimize.pipeline.accuracy import Accuracy, compare_outputs, why_rejected, why_unsteady
 from optimize.pipeline.batches import load_batches
-from optimize.pipeline.contract import Cell, Gates, Kind
+from optimize.pipeline.contract import Cell, Gates, Kind, Labels
 from optimize.pipeline.errors import WorkerError
 from optimize.pipeline.manifest import Report
-from optimize.pipeline.metrics import classification_metrics
+from optimize.pipeline.metrics import task_metrics
 from optimize.pipeline.workers import WorkerProcess
 
 STEP_LIMIT = float(os.environ.get("OPTIMIZE_STEP_LIMIT", "1800"))  # seconds for one pass or one request
@@ -42,7 +42,8 @@ class Trial:
     gates: Gates
     pooling: str | None
     top1: bool
-    labels: Sequence[int] | None
+    labels: Labels | None
+    classes: Mapping[int, str] | None
     tick: Callable[[], None] = lambda: None
 
     @classmethod
@@ -51,7 +52,7 @@ class Trial:
         evaluation = report.evaluation
         return cls(
             inputs, scratch, report.checkpoint.task, cores, report.workload, report.gates,
-            evaluation.pooling, evaluation.top1, evaluation.labels,
+            evaluation.pooling, evaluation.top1, evaluation.labels, evaluation.classes,
         )  # fmt: skip
 
     def open(self, name: str, kind: Kind, path: Path) -> Opened:
@@ -97,7 +98,8 @@ class Trial:
         expected = [*reference[TEXT], *reference[CELLS]]
         accuracy = compare_outputs(expected, [*evaluated, *celled], top1=self.top1, cells=rows)
         if self.labels is not None:
-            metrics = classification_metrics(reference[TEXT], evaluated, self.labels)
+            batches = load_batches(self.inputs / f"{TEXT}.npz")
+            metrics = task_metrics(self.task, batches, reference[TEXT], evaluated, self.labels, self.classes)
             accuracy = dataclasses.replace(accuracy, metrics=metrics)
         return accuracy, why_unsteady(repeat_error, expected) or why_rejected(accuracy, self.gates)
 

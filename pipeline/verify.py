@@ -46,6 +46,7 @@ class Verification:
             f"digests   {self.files} files, all as emitted",
             f"accuracy  cosine {1 - drop.value:.5f} (worst {1 - self.accuracy.worst_drop:.4f}) on "
             f"{self.accuracy.examples} examples: {self.rejected or 'passes the gate'}",
+            *(f"          {metric}" for metric in self.accuracy.metrics),
             f"speed     {self.speed.overall if self.speed else 'not measured'}"
             + (f": {self.remark}" if self.remark else ""),
         ]

@@ -35,14 +35,24 @@ class Worker:
         self._cells: list[dict[str, Any]] = []
 
     def prepare(
-        self, folder: str, evaluation: list[Any], calibration: list[Any], cells: list[Any], max_length: int, out: str
+        self,
+        folder: str,
+        evaluation: list[Any],
+        calibration: list[Any],
+        cells: list[Any],
+        max_length: int,
+        out: str,
+        labelled: bool = False,
     ) -> dict[str, Any]:
-        """Encode text with the checkpoint's tokenizer into evaluation.npz, calibration.npz and cells.npz."""
+        """Encode text with the checkpoint's tokenizer into evaluation.npz, calibration.npz and cells.npz.
+
+        Where the text is `labelled`, evaluation.npz also has what turns outputs into answers (see answers.py).
+        """
         from optimize.models import examples
         from optimize.pipeline.batches import save_batches
 
         source, target = Path(folder), Path(out)
-        batches = examples.encode(source, evaluation, max_length, examples.BATCH_SIZES)
+        batches = examples.encode(source, evaluation, max_length, examples.BATCH_SIZES, labelled=labelled)
         save_batches(target / "evaluation.npz", batches)
         if calibration:
             save_batches(target / "calibration.npz", examples.encode(source, calibration, max_length, (1,)))

@@ -184,7 +184,7 @@ def model(remove: tuple[str, ...] = (), files: Mapping[str, Any] | None = None, 
     return make
 
 
-def data(name: str, content: Any, head: str = "BertModel") -> Callable[[Path], list[str]]:
+def data(name: str, content: Any, head: str = "BertModel", **options: Any) -> Callable[[Path], list[str]]:
     """A good checkpoint with this --data; a list of rows is written in the format of the name."""
 
     def make(folder: Path) -> list[str]:
@@ -195,7 +195,7 @@ def data(name: str, content: Any, head: str = "BertModel") -> Callable[[Path], l
             path.write_text("".join(json.dumps(row) + "\n" for row in content))
         else:
             write(path, content)
-        return request(folder, tiny(head), data=path)
+        return request(folder, tiny(head), data=path, **options)
 
     return make
 
@@ -217,6 +217,30 @@ def rows(number: int, **last: Any) -> list[dict[str, Any]]:
 
 def labelled(value: Any, name: str = "data.jsonl") -> Callable[[Path], list[str]]:
     return data(name, rows(30, label=value), head="BertForSequenceClassification")
+
+
+def scored(score: Any) -> Callable[[Path], list[str]]:
+    """Pairs of sentences, the last with this score."""
+    pairs = [{"sentence1": f"First {index}.", "sentence2": f"Second {index}.", "score": index} for index in range(30)]
+    return data("data.jsonl", [*pairs[:-1], pairs[-1] | {"score": score}], task="sentence-similarity")
+
+
+def tagged(name: str = "data.jsonl", **last: Any) -> Callable[[Path], list[str]]:
+    """Sentences of words with tags, the last one changed."""
+    good: list[dict[str, Any]] = [{"tokens": ["Rain", f"{index}"], "tags": ["good", "bad"]} for index in range(30)]
+    content: Any = [*good[:-1], good[-1] | last]
+    if name.endswith(".csv"):
+        content = "tokens,tags\n" + "".join(f"Rain {index},good bad\n" for index in range(30))
+    return data(name, content, head="BertForTokenClassification")
+
+
+def answered(answers: Any) -> Callable[[Path], list[str]]:
+    """Questions with contexts, the last with these answers."""
+    good: list[dict[str, Any]] = [
+        {"question": f"Who is {index}?", "context": "It is Ann.", "answers": ["Ann"]} for index in range(30)
+    ]
+    content = [*good[:-1], good[-1] | {"answers": answers}]
+    return data("data.jsonl", content, head="BertForQuestionAnswering")
 
 
 def tensors(size: int, **entries: list[int]) -> bytes:
@@ -379,6 +403,23 @@ CASES = (
          "row 1: label"),
     Case("label-absent", "a row without the label that others have",
          data("data.jsonl", [*rows(30), {"text": "No label."}], head="BertForSequenceClassification"), "row 31: label"),
+    Case("score-text", "a score that is no number", scored("alike"), "row 30: score 'alike' is not a number"),
+    Case("score-nan", "NaN for a score", scored(math.nan), "row 30: score nan is not a number"),
+    Case("score-same", "the same score for every pair",
+         data("data.jsonl", [{"sentence1": f"{index}", "sentence2": "b", "score": 3} for index in range(30)],
+              task="sentence-similarity"), "every score is 3, so nothing can be compared"),
+    Case("tags-few", "fewer tags than words", tagged(tags=["good"]), "row 30: 2 tokens and 1 tags"),
+    Case("tags-name", "a tag that the model does not have", tagged(tags=["good", "B-PER"]),
+         "row 30: tag 'B-PER' is not one of the model's"),
+    Case("tags-null", "a row without tags", tagged(tags=None), "row 30: tags is empty"),
+    Case("tags-csv", "words and tags in a CSV file, which has no lists", tagged("data.csv"),
+         "row 1: tokens is not a list"),
+    Case("tokens-number", "a word that is a number", tagged(tokens=["Rain", 7]),
+         "row 30: a word of tokens is not text (7)"),
+    Case("answers-null", "null for answers", answered(None), "row 30: answers None is no list of texts"),
+    Case("answers-blank", "an answer without text", answered(["Ann", ""]), "row 30: answers is empty"),
+    Case("answers-written", "answers written as text", answered("{'text': ['Ann'], 'answer_start': [6]}"),
+         "row 30: answers is a list written as text"),
     # --recipe
     Case("recipe-pass", "--recipe with an unknown pass", option(recipe="export-onyx"), "unknown pass 'export-onyx'"),
     Case("recipe-option", "an unknown option of a pass", option(recipe="export-onnx{colour=red}"),

@@ -1,6 +1,7 @@
 """Every task, end to end on a tiny model: the emitted artifact answers as eager does in transformers.pipeline."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +92,75 @@ def test_labels_give_an_accuracy_with_its_paired_drop(
     assert 0 <= metric["reference"] <= 1
     assert metric["drop"]["value"] == pytest.approx(metric["reference"] - metric["candidate"])
     assert outcome.report["evaluation"]["labels"] == [index % 2 for index in range(60) if index % 3 != 1]
+
+
+NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+WORDS = ("harbour", "rain", "stone", "quick", "letter", "antidisestablishment", "seven", "song")
+
+
+def labelled_rows(task: str) -> list[dict[str, object]]:
+    """Sixty rows of eight words in random order, labelled at random."""
+    random = np.random.default_rng(0)
+    rows: list[dict[str, object]] = []
+    for index in range(60):
+        words = [*map(str, random.permutation(WORDS)), f"{index}"]
+        text = " ".join(words)
+        if task == "sentence-similarity":
+            rows.append({"sentence1": text, "sentence2": " ".join(words[::-2]), "score": float(random.uniform(0, 5))})
+        elif task == "token-classification":
+            rows.append({"tokens": words, "tags": [NAMES[tag] for tag in random.integers(0, 5, len(words))]})
+        else:
+            answers = words[2:4] if index % 5 else []
+            rows.append({"question": f"Which is {index}?", "context": text, "answers": answers})
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("task", "architecture", "metrics"),
+    [
+        ("sentence-similarity", "BertModel", ["Pearson", "Spearman"]),
+        ("token-classification", "BertForTokenClassification", ["entity F1", "token accuracy"]),
+        ("question-answering", "BertForQuestionAnswering", ["exact match", "token F1"]),
+    ],
+)
+def test_each_tasks_own_metrics_are_reported_and_verified(
+    task: str, architecture: str, metrics: list[str], make_checkpoint: MakeCheckpoint, cli: Cli, tmp_path: Path
+) -> None:
+    named = task == "token-classification"
+    labels = (
+        {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}} if named else {}
+    )
+    folder = make_checkpoint(architecture, **labels)
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text("\n".join(map(json.dumps, labelled_rows(task))))
+    given = (
+        "--task",
+        task,
+        "--data",
+        data,
+        "--recipe",
+        "convert-openvino",
+        "--max-drop",
+        "0.01",
+        *QUICK,
+        "--workload",
+        "1x8",
+    )
+    outcome = cli(folder, *given, "--out", out)
+    assert outcome.code == 0, outcome.output
+    assert outcome.report is not None
+    found = outcome.report["candidates"][0]["accuracy"]["metrics"]
+    assert [metric["name"] for metric in found] == metrics
+    for metric in found:
+        assert metric["drop"]["value"] == pytest.approx(metric["reference"] - metric["candidate"])
+        assert metric["name"] + f" {metric['candidate']:.4f}" in outcome.output
+    evaluation = outcome.report["evaluation"]
+    assert len(evaluation["labels"]) == 40
+    assert (evaluation["classes"] is not None) is named
+    if named:
+        assert found[1]["examples"] == 40 * 9 and 0.05 < found[1]["reference"] < 0.5, "chance, but not none"
+    shutil.rmtree(folder)  # what it came from is not needed to judge it again
+    verified = cli("verify", out, "--budget", "10s")
+    assert verified.code == 0, verified.output
+    assert verified.report is not None and verified.report["accuracy"]["metrics"] == found
+    assert all(name in verified.output for name in metrics)

@@ -14,6 +14,8 @@ import pytest
 
 from optimize.models.examples import BATCH_SIZES, SHIPPED, Examples, encode, encode_cells, read_examples
 from optimize.models.tasks import TASKS
+from optimize.pipeline.answers import CONTEXT, OFFSETS, WORDS
+from optimize.pipeline.batches import load_batches, save_batches
 from optimize.pipeline.errors import RequestError
 
 FEATURES, CLASSES = TASKS["feature-extraction"], TASKS["text-classification"]
@@ -158,6 +160,161 @@ def test_questions_need_their_contexts(tmp_path: Path) -> None:
         read_examples(write(tmp_path / "d.jsonl", [{"question": "Who?"}]), task)
 
 
+# Labelled data of other tasks
+
+SIMILARITY, TAGGING, ANSWERING = (
+    TASKS[name] for name in ("sentence-similarity", "token-classification", "question-answering")
+)
+TAGS = {0: "O", 1: "B-PER", 2: "I-PER"}
+
+
+def pairs(number: int, **columns: Any) -> list[dict[str, Any]]:
+    return [
+        {"sentence1": f"First {index}.", "sentence2": f"Second {index}.", "score": index / 10} | columns
+        for index in range(number)
+    ]
+
+
+def tagged(number: int, **columns: Any) -> list[dict[str, Any]]:
+    return [
+        {"tokens": ["Ann", "Lee", f"ate {index}"], "tags": ["B-PER", "I-PER", "O"]} | columns for index in range(number)
+    ]
+
+
+def asked(number: int, **columns: Any) -> list[dict[str, Any]]:
+    return [{"question": f"Who is {index}?", "context": f"It is Ann {index}."} | columns for index in range(number)]
+
+
+@pytest.mark.parametrize("column", ["score", "similarity", "label"])
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.parquet"])
+def test_a_scored_pair_is_two_texts(name: str, column: str, tmp_path: Path) -> None:
+    rows = [{column if key == "score" else key: value for key, value in row.items()} for row in pairs(30)]
+    found = read_examples(write(tmp_path / name, rows), SIMILARITY)
+    judged = [index for index in range(30) if index % 3 != 1]
+    assert found.labels == tuple(index / 10 for index in judged)
+    assert [row["text"] for row in found.evaluation] == [
+        f"{n} {index}." for index in judged for n in ("First", "Second")
+    ]
+    assert len(found.calibration) == 20 and not texts(found.evaluation) & texts(found.calibration)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_sentences_that_recur_in_other_pairs_do_not_calibrate(seed: int, tmp_path: Path) -> None:
+    choose = random.Random(seed)
+    rows = [
+        {"sentence1": f"S {choose.randrange(150)}.", "sentence2": f"S {choose.randrange(150)}.", "score": index}
+        for index in range(100)
+    ]
+    found = read_examples(write(tmp_path / "d.jsonl", rows), SIMILARITY)
+    assert not texts(found.evaluation) & texts(found.calibration)
+    assert len(found.evaluation) == 2 * len(found.labels or ())
+    assert 0 < len(found.calibration) == len(texts(found.calibration))
+
+
+def test_where_every_sentence_is_judged_nothing_calibrates(tmp_path: Path) -> None:
+    rows = [{"sentence1": f"S {i % 5}.", "sentence2": f"T {i // 5}.", "score": i} for i in range(30)]
+    assert read_examples(write(tmp_path / "d.jsonl", rows), SIMILARITY).calibration == ()
+
+
+def test_pairs_take_no_more_texts_than_other_data(tmp_path: Path) -> None:
+    found = read_examples(write(tmp_path / "d.jsonl", pairs(3000)), SIMILARITY)
+    assert (len(found.evaluation), len(found.labels or ()), len(found.calibration)) == (1024, 512, 128)
+
+
+@pytest.mark.parametrize("task", [SIMILARITY, TAGGING])
+def test_text_without_labels_is_as_it_was(task: Any, tmp_path: Path) -> None:
+    found = read_examples(write(tmp_path / "d.jsonl", sentences(30)), task, TAGS)
+    assert found.labels is None and len(found.evaluation) == 20
+    unlabelled = [{key: row[key] for key in ("sentence1", "sentence2")} for row in pairs(30)]
+    assert dict(read_examples(write(tmp_path / "p.jsonl", unlabelled), SIMILARITY).evaluation[0]) == {
+        "text": "First 0."
+    }
+
+
+@pytest.mark.parametrize("column", ["tags", "ner_tags", "labels"])
+@pytest.mark.parametrize("values", [["B-PER", "I-PER", "O"], [1, 2, 0]])
+@pytest.mark.parametrize("name", ["d.jsonl", "d.parquet"])
+def test_tags_are_names_or_the_models_numbers(name: str, values: list[Any], column: str, tmp_path: Path) -> None:
+    rows = [{"tokens": row["tokens"], column: values} for row in tagged(30)]
+    found = read_examples(write(tmp_path / name, rows), TAGGING, TAGS)
+    assert found.labels == ((1, 2, 0),) * 20
+    assert dict(found.evaluation[0]) == {"tokens": ["Ann", "Lee", "ate 0"]}
+
+
+def test_tags_are_matched_by_name_whatever_their_order(tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", tagged(30))
+    assert read_examples(data, TAGGING, {0: "I-PER", 1: "O", 2: "B-PER"}).labels == ((2, 0, 1),) * 20
+
+
+def test_numbers_of_a_data_set_that_names_them_are_its_own(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")),
+         "ner_tags": datasets.List(datasets.ClassLabel(names=["I-PER", "B-PER", "O"]))}
+    )  # fmt: skip
+    rows = {"tokens": [row["tokens"] for row in tagged(30)], "ner_tags": [[1, 0, 2]] * 30}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d.parquet")
+    assert read_examples(str(tmp_path / "d.parquet"), TAGGING, TAGS).labels == ((1, 2, 0),) * 20
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [{"text": ["Ann", "Lee"], "answer_start": [6, 6]}, ["Ann", "Lee"]],
+)
+@pytest.mark.parametrize("name", ["d.jsonl", "d.parquet"])
+def test_answers_are_squads_or_a_list(name: str, answers: Any, tmp_path: Path) -> None:
+    found = read_examples(write(tmp_path / name, asked(30, answers=answers)), ANSWERING)
+    assert found.labels == (("Ann", "Lee"),) * 20
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.parquet"])
+def test_one_answer_is_text(name: str, tmp_path: Path) -> None:
+    found = read_examples(write(tmp_path / name, asked(30, answer="Ann")), ANSWERING)
+    assert found.labels == (("Ann",),) * 20
+
+
+@pytest.mark.parametrize("answers", [[], {"text": [], "answer_start": []}])
+def test_a_question_can_have_no_answer(answers: Any, tmp_path: Path) -> None:
+    rows = [*asked(1, answers=answers), *asked(30, answers=["Ann"])[1:]]
+    labels = read_examples(write(tmp_path / "d.jsonl", rows), ANSWERING).labels
+    assert labels is not None and labels[:2] == ((), ("Ann",))
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "says", "hint"),
+    [
+        (TAGGING, tagged(30, tags=["O", "O"]), "row 1: 3 tokens and 2 tags", "each token"),
+        (TAGGING, tagged(30, tags=["O", "O", "B-LOC"]), "row 1: tag 'B-LOC' is not one of the model's", "1 B-PER"),
+        (TAGGING, tagged(30, tags=["O", "O", 3]), "row 1: tag 3 is not", "0 O"),
+        (TAGGING, tagged(30, tags="O O O"), r"row 1: tags is not a list \('O O O'\)", "jsonl or .parquet"),
+        (TAGGING, tagged(30, tokens=["a", 1, "c"]), r"row 1: a word of tokens is not text \(1\)", "remove"),
+        (TAGGING, tagged(30, tokens=[]), "row 1: tokens is empty", "remove"),
+        (TAGGING, [{"tokens": ["a"]}], "has no column text", "labelled data have tokens, tags"),
+        (SIMILARITY, pairs(30, score="alike"), "row 1: score 'alike' is not a number", "every pair"),
+        (SIMILARITY, pairs(30, score=True), "row 1: score True is not a number", "every pair"),
+        (SIMILARITY, pairs(30, score=1), "every score is 1", "more alike"),
+        (SIMILARITY, [*pairs(30), {"sentence1": "One.", "score": 1}], "row 31: sentence2 is empty", "remove"),
+        (ANSWERING, asked(30, answers=7), "row 1: answers 7 is no list of texts", "SQuAD"),
+        (ANSWERING, asked(30, answers={"start": [1]}), "row 1: answers {'start'.* is no list of texts", "SQuAD"),
+        (ANSWERING, asked(30, answers=["Ann", ""]), "row 1: answers is empty", "fill"),
+        (ANSWERING, asked(30, answers="{'text': ['Ann'], 'answer_start': [6]}"), "row 1: .* written as text", "plain"),
+    ],
+)
+def test_labels_that_are_none_are_refused_with_their_row(
+    task: Any, rows: list[dict[str, Any]], says: str, hint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match=says) as caught:
+        read_examples(write(tmp_path / "d.jsonl", rows), task, TAGS)
+    assert hint in str(caught.value.hint)
+
+
+def test_a_csv_has_no_lists(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="row 1: tokens is not a list") as caught:
+        read_examples(write(tmp_path / "d.csv", tagged(30)), TAGGING, TAGS)
+    assert "a .csv has no lists" in str(caught.value.hint)
+
+
 # Encoding
 
 
@@ -211,3 +368,71 @@ def test_questions_and_contexts_are_encoded_as_pairs(minilm: Path) -> None:
     assert batch["token_type_ids"].any(axis=1).all()
     (cut,) = encode(minilm, [{"text": "a " * 50, "text_pair": "b " * 50}], 16, (1,))
     assert cut["input_ids"].shape == (1, 16)
+
+
+def padding(folder: Path, side: str, tmp_path: Path) -> Path:
+    """The folder's tokenizer, padding on this side."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder, padding_side=side).save_pretrained(tmp_path / side)
+    return tmp_path / side
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_words_are_marked_at_their_first_tokens(side: str, minilm: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": ["Harbours", "antidisestablishment", "rain"]}, {"tokens": ["Rain"]}]
+    (batch,) = encode(padding(minilm, side, tmp_path), rows, 64, (2,), labelled=True)
+    for row, count in enumerate((3, 1)):
+        mask, words = batch["attention_mask"][row] == 1, batch[WORDS][row]
+        assert words[words >= 0].tolist() == list(range(count)) and (words[~mask] == -1).all()
+        assert words[mask][0] == words[mask][-1] == -1, "CLS and SEP are no words"
+    assert (batch[WORDS][0] == -1).sum() > 2, "a word of several tokens is marked once"
+    (alone,) = encode(minilm, rows[1:], 64, (1,))
+    assert alone.keys() == {"input_ids", "token_type_ids", "attention_mask"}, "nothing but inputs calibrates"
+
+
+def test_words_beyond_the_limit_are_not_marked(minilm: Path) -> None:
+    (batch,) = encode(minilm, [{"tokens": ["rain"] * 20}], 8, (1,), labelled=True)
+    assert batch[WORDS].tolist() == [[-1, 0, 1, 2, 3, 4, 5, -1]]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sequence", "metaspace"])
+def test_words_begin_as_after_a_space(kind: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    space = "\u2581" if kind == "metaspace" else "\u0120"
+    vocabulary = {token: index for index, token in enumerate(("[PAD]", space, "a", "b", f"{space}a", f"{space}b"))}
+    made = Tokenizer(models.BPE(vocabulary, [(space, "a"), (space, "b")]))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.pre_tokenizer = {
+        "byte-level": level,
+        "sequence": pre_tokenizers.Sequence([pre_tokenizers.Digits(), level]),
+        "metaspace": pre_tokenizers.Metaspace(prepend_scheme="never"),
+    }[kind]
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]").save_pretrained(tmp_path)
+    (batch,) = encode(tmp_path, [{"tokens": ["a", "b"]}], 8, (1,), labelled=True)
+    assert batch["input_ids"].tolist() == [[4, 5]] and batch[WORDS].tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_answers_can_be_cut_from_the_context(side: str, minilm: Path, tmp_path: Path) -> None:
+    context = "Über dem Hafen: 漢字 fell, twice."
+    rows = [{"question": "What fell?", "context": context}, {"question": "Who? " * 9, "context": "Ann."}]
+    (batch,) = encode(padding(minilm, side, tmp_path), rows, 64, (2,), labelled=True)
+    assert batch[CONTEXT].tolist() == [context, "Ann."]
+    offsets = batch[OFFSETS][0]
+    pieces = [context[start:end] for start, end in offsets if end > start]
+    assert "".join(pieces) == context.replace(" ", "")
+    mask = batch["attention_mask"][0] == 1
+    assert (offsets[~mask] == -1).all()
+    assert offsets[mask][0].tolist() == [0, 0] and (offsets[mask][1:5] == -1).all(), "CLS, the question, SEP"
+    save_batches(tmp_path / "b.npz", [batch])
+    (read,) = load_batches(tmp_path / "b.npz")
+    assert all(np.array_equal(read[name], batch[name]) for name in batch)
+
+
+def test_cells_of_words_are_running_text(minilm: Path) -> None:
+    (batch,) = encode_cells(minilm, [{"tokens": ["Rain", "fell"]}], [(1, 6)])
+    (expected,) = encode_cells(minilm, [{"text": "Rain fell"}], [(1, 6)])
+    assert batch["input_ids"].tolist() == expected["input_ids"].tolist()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from optimize.models.tasks import MAX_ELEMENTS, TASKS, infer_task, judged_outputs, sentence_pooling
+from optimize.models.tasks import TASKS, infer_task, judged_outputs, sentence_pooling
+from optimize.pipeline.answers import MAX_ELEMENTS
 from optimize.pipeline.errors import CheckpointError
 
 HIDDEN = "last_hidden_state"

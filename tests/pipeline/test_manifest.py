@@ -99,6 +99,37 @@ def test_what_is_written_is_read_back(manifest: Manifest, read: Callable[[object
     assert read(to_json(manifest)) == manifest
 
 
+@pytest.mark.parametrize(
+    "labels", [(0, 2), (1.0, 2.5), (1.0, 2.0), ((0, 1), (2,)), (("Ann", "1"), ()), ((), ("1",)), (("3",), ("4",))]
+)
+def test_labels_of_every_kind_are_read_back(
+    labels: Any, manifest: Manifest, read: Callable[[object], Manifest]
+) -> None:
+    evaluation = dataclasses.replace(manifest.report.evaluation, labels=labels, classes={0: "O", 7: "B-PER"})
+    report = dataclasses.replace(manifest.report, evaluation=evaluation)
+    text = to_json(dataclasses.replace(manifest, report=report))
+    jsonschema.validate(json.loads(text), schema(), jsonschema.Draft202012Validator)
+    found = read(text).report.evaluation
+    assert found == evaluation and repr(found.labels) == repr(labels)
+
+
+@pytest.mark.parametrize("labels", [["Ann"], [[0], ["Ann"]], [[0.5]], 3])
+def test_other_labels_are_refused(labels: Any, document: dict[str, Any], read: Callable[[object], Manifest]) -> None:
+    document["report"]["evaluation"]["labels"] = labels
+    with pytest.raises(ArtifactError, match="is not a valid manifest"):
+        read(document)
+
+
+def test_a_manifest_of_before_the_added_fields_is_read(
+    document: dict[str, Any], manifest: Manifest, read: Callable[[object], Manifest]
+) -> None:
+    del document["report"]["evaluation"]["classes"]
+    for accuracy in (document["accuracy"], document["report"]["candidates"][0]["accuracy"]):
+        for metric in accuracy["metrics"]:
+            del metric["unit"], metric["power"]
+    assert read(document | {"schema_version": "1.1"}) == dataclasses.replace(manifest, schema_version="1.1")
+
+
 def test_a_manifest_is_valid_by_its_schema(document: dict[str, Any]) -> None:
     jsonschema.Draft202012Validator.check_schema(schema())
     jsonschema.validate(document, schema(), jsonschema.Draft202012Validator)

@@ -7,7 +7,15 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from optimize.pipeline.metrics import Metric, classification_metrics
+from optimize.pipeline.answers import CONTEXT, OFFSETS, WORDS
+from optimize.pipeline.metrics import (
+    Metric,
+    answering_metrics,
+    classification_metrics,
+    similarity_metrics,
+    tagging_metrics,
+    task_metrics,
+)
 from optimize.pipeline.statistics import Interval
 
 TRUTH = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -78,3 +86,179 @@ def test_it_says_how_many_examples_would_do() -> None:
     assert words is not None
     needed = int(words.split("about ")[1].split()[0])
     assert stats.binomtest(0, needed).proportion_ci(0.975, method="exact").high == pytest.approx(0.001, rel=0.05)
+
+
+def test_macro_f1_has_an_interval_where_one_wrong_answer_becomes_another() -> None:
+    before, after = [1, *TRUTH[1:]], [2, *TRUTH[1:]]
+    accuracy, macro = classification_metrics(answers(before), answers(after), TRUTH)
+    assert accuracy.drop.value == 0.0 and macro.drop.high > macro.drop.low
+
+
+# Sentence similarity
+
+
+def pairs(cosines: list[float]) -> list[dict[str, NDArray[Any]]]:
+    """Embeddings whose cosines are these, two by two."""
+    sides = [vector for cosine in cosines for vector in ([1.0, 0.0], [cosine, (1 - cosine**2) ** 0.5])]
+    return [{"last_hidden_state": np.array([vector], dtype=np.float64)} for vector in sides]
+
+
+COSINES = [0.1, 0.3, 0.2, 0.6, 0.5, 0.4, 0.9, 0.8]
+
+
+def test_correlations_by_hand() -> None:
+    scores = [1.0, 3.0, 2.0, 6.0, 5.0, 4.0, 9.0, 8.0]  # ten times the cosines
+    swapped = [*COSINES[:6], 0.8, 0.9]  # two neighbouring ranks: rho falls by 6 * 2 / (8 * 63)
+    pearson, spearman = similarity_metrics(pairs(COSINES), pairs(swapped), scores)
+    assert (pearson.name, spearman.name) == ("Pearson", "Spearman")
+    assert pearson.reference == pytest.approx(1) and spearman.reference == pytest.approx(1)
+    assert spearman.drop.value == pytest.approx(12 / 504)
+    assert pearson.drop.value == pytest.approx(1 - np.corrcoef(swapped, scores)[0, 1])
+    assert (pearson.examples, pearson.unit, pearson.p_value) == (8, "pairs", None)
+
+
+def test_a_candidate_that_mixes_up_the_pairs_drops_beyond_doubt() -> None:
+    cosines = np.random.default_rng(0).uniform(-0.5, 1, 200).tolist()
+    shuffled = np.random.default_rng(1).permutation(cosines).tolist()
+    for metric in similarity_metrics(pairs(cosines), pairs(shuffled), cosines):
+        assert metric.drop.low > 0.5
+        assert metric.why_rejected(0.01)
+
+
+def test_cosines_that_hardly_move_resolve_a_small_drop() -> None:
+    random = np.random.default_rng(0)
+    cosines = random.uniform(-0.5, 0.9, 200)
+    moved = cosines + random.normal(scale=1e-4, size=200)
+    for metric in similarity_metrics(pairs(cosines.tolist()), pairs(moved.tolist()), cosines.tolist()):
+        assert metric.drop.low <= metric.drop.value <= metric.drop.high
+        assert metric.resolution == pytest.approx((metric.drop.high - metric.drop.low) / 2)
+        assert metric.resolution < 0.001 and metric.why_rejected(0.001) is None
+
+
+def test_embeddings_that_are_all_the_same_correlate_with_nothing() -> None:
+    for metric in similarity_metrics(pairs(COSINES), pairs([0.5] * 8), COSINES):
+        assert metric.candidate == 0.0 and metric.drop.value == pytest.approx(1)
+        assert metric.why_rejected(0.1)
+
+
+def test_a_half_width_shrinks_with_the_root_of_the_number() -> None:
+    metric = Metric("Pearson", 0.9, 0.9, Interval(0.0, -0.02, 0.02), None, 100, 0.02, "pairs", 0.5)
+    assert metric.needed(0.01) == 400
+    assert "on 100 labelled pairs" in str(metric.what_it_leaves_open(0.01))
+
+
+# Token classification
+
+NAMES = {0: "O", 1: "B-PER", 2: "I-PER", 3: "B-LOC"}
+
+
+def sentence(length: int) -> dict[str, NDArray[Any]]:
+    """A batch of one sentence whose words have one token each, between two marks."""
+    return {"attention_mask": np.ones((1, length + 2)), WORDS: np.array([[-1, *range(length), -1]])}
+
+
+def tagged(sentences: list[list[int]]) -> list[dict[str, NDArray[Any]]]:
+    return [{"logits": np.eye(4, dtype=np.float32)[[0, *each, 0]]} for each in sentences]
+
+
+def test_entities_and_words_by_hand() -> None:
+    truth = [[1, 2, 0, 3], [1, 0], [0, 3]]  # four entities in eight words
+    after = [[1, 0, 0, 3], [1, 0], [0, 0]]  # one cut short, one gone: two right of three found
+    f1, accuracy = tagging_metrics([sentence(4), sentence(2), sentence(2)], tagged(truth), tagged(after), truth, NAMES)
+    assert (f1.name, f1.reference, f1.examples, f1.unit) == ("entity F1", 1.0, 3, "sentences")
+    assert f1.candidate == pytest.approx(2 * 2 / (3 + 4))
+    assert f1.drop.low <= f1.drop.value <= f1.drop.high
+    assert (accuracy.name, accuracy.reference, accuracy.candidate) == ("token accuracy", 1.0, 0.75)
+    assert (accuracy.examples, accuracy.unit, accuracy.p_value) == (8, "words", pytest.approx(0.5))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_entity_f1_is_seqevals(seed: int) -> None:
+    from seqeval.metrics import f1_score
+
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, 12, 30)
+    truth, before, after = ([random.integers(0, 4, n).tolist() for n in lengths] for _ in range(3))
+    metric, _ = tagging_metrics([sentence(n) for n in lengths], tagged(before), tagged(after), truth, NAMES)
+    named = [[[NAMES[tag] for tag in each] for each in side] for side in (truth, before, after)]
+    assert metric.reference == pytest.approx(f1_score(named[0], named[1]))
+    assert metric.candidate == pytest.approx(f1_score(named[0], named[2]))
+
+
+def test_words_that_were_cut_off_count_on_neither_side() -> None:
+    truth = [[0, 1, 3], [0, 3]]
+    cut = {"attention_mask": np.ones((1, 4)), WORDS: np.array([[-1, 0, 1, -1]])}  # the third word is gone
+    f1, accuracy = tagging_metrics([cut, sentence(2)], tagged([[0, 1], [0, 3]]), tagged([[0, 1], [0, 3]]), truth, NAMES)
+    assert accuracy.examples == 4 and accuracy.reference == f1.reference == 1.0
+
+
+@pytest.mark.parametrize("names", [{0: "NOUN", 1: "VERB", 2: "O", 3: "B-X"}, {0: "O"}])
+def test_tags_that_mark_no_entities_have_an_accuracy_alone(names: dict[int, str]) -> None:
+    (metric,) = tagging_metrics([sentence(2)], tagged([[0, 1]]), tagged([[0, 1]]), [[0, 1]], names)
+    assert metric.name == "token accuracy"
+
+
+def test_fewer_labels_than_words_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="1 labels for a sentence with a word 2"):
+        tagging_metrics([sentence(2)], tagged([[0, 1]]), tagged([[0, 1]]), [[0]], NAMES)
+
+
+# Question answering
+
+
+def spans(ends: list[tuple[int, int]]) -> list[dict[str, NDArray[Any]]]:
+    """Outputs that answer with these tokens of "one two three four"; (-1, -1) is CLS."""
+    answers = []
+    for first, last in ends:
+        start, end = np.zeros((1, 5)), np.zeros((1, 5))
+        start[0, first + 1] = end[0, last + 1] = 1
+        answers.append({"start_logits": start, "end_logits": end})
+    return answers
+
+
+def questions(count: int) -> list[dict[str, NDArray[Any]]]:
+    offsets = np.array([[(0, 0), (0, 3), (4, 7), (8, 13), (14, 18)]] * count)
+    context = np.array(["one two three four"] * count)
+    return [{"attention_mask": np.ones((count, 5)), OFFSETS: offsets, CONTEXT: context}]
+
+
+def test_exact_match_and_token_f1_by_hand() -> None:
+    truths = [["one"], ["two three"], ["four", "three four"], ["one two"]]
+    before = spans([(0, 0), (1, 2), (2, 3), (0, 1)])
+    after = spans([(0, 0), (1, 3), (3, 3), (2, 3)])  # right, one word too many, right another way, wrong
+    exact, f1 = answering_metrics(questions(4), before, after, truths)
+    assert (exact.name, exact.reference, exact.candidate, exact.p_value) == ("exact match", 1.0, 0.5, 0.5)
+    assert (f1.name, f1.reference) == ("token F1", 1.0)
+    assert f1.candidate == pytest.approx((1 + 0.8 + 1 + 0) / 4)
+    assert f1.drop.low <= f1.drop.value <= f1.drop.high
+
+
+def test_no_answer_is_right_where_there_is_none() -> None:
+    outputs = spans([(-1, -1), (-1, -1)])
+    exact, f1 = answering_metrics(questions(2), outputs, outputs, [[], ["one"]])
+    assert exact.reference == f1.reference == 0.5
+    assert f1.resolution == exact.resolution > 0.5, "two examples show little"
+
+
+# By task
+
+
+def test_each_task_has_its_metrics() -> None:
+    def names(task: str, *given: Any) -> list[str]:
+        return [metric.name for metric in task_metrics(task, *given)]
+
+    tags, asked = tagged([[0, 1]]), spans([(0, 0)])
+    assert names("text-classification", [], answers(TRUTH), answers(TRUTH), TRUTH) == ["accuracy", "macro F1"]
+    assert names("sentence-similarity", [], pairs(COSINES), pairs(COSINES), COSINES) == ["Pearson", "Spearman"]
+    assert names("token-classification", [sentence(2)], tags, tags, [(0, 1)], NAMES) == ["entity F1", "token accuracy"]
+    assert names("question-answering", questions(1), asked, asked, [("one",)]) == ["exact match", "token F1"]
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [("fill-mask", (0, 1)), ("text-classification", (0.5,)), ("token-classification", (1, 2)),
+     ("question-answering", ((1,), (2,))), ("sentence-similarity", (("a",),))],
+)  # fmt: skip
+def test_labels_of_another_task_are_refused(task: str, labels: Any) -> None:
+    with pytest.raises(ValueError, match=f"the labels are none of {task}"):
+        task_metrics(task, [], [], [], labels)
