@@ -196,9 +196,12 @@ def test_verify_on_another_host_does_not_judge_speed(emitted: tuple[Path, Outcom
 @pytest.mark.parametrize(
     "recipe", ["convert-openvino,quantize-on-noise", "export-onnx,quantize-onnx{mode=static;samples=1}"]
 )
-def test_bad_calibration_is_rejected(recipe: str, minilm: Path, cli: Cli, third_party: object, tmp_path: Path) -> None:
+def test_bad_calibration_is_rejected(
+    recipe: str, minilm: Path, some_text: Path, cli: Cli, third_party: object, tmp_path: Path
+) -> None:
     third_party(NOISE, {"quantize-on-noise": "Noise"})  # type: ignore[operator]
-    outcome = cli(minilm, "--recipe", recipe, *QUICK, "--max-drop", "0.005", "--out", tmp_path / "out")
+    options = ("--data", some_text, *QUICK, "--max-drop", "0.005")
+    outcome = cli(minilm, "--recipe", recipe, *options, "--out", tmp_path / "out")
     assert outcome.code == 4, outcome.output
     assert outcome.report is not None
     (candidate,) = outcome.report["candidates"]
