@@ -167,9 +167,9 @@ def _read(path: Path, kind: Any) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise ArtifactError(f"{path} is not a valid {path.stem}: {where}: {first['msg']}") from None
+        raise ArtifactError(f"{path} is not a valid {kind.__name__.lower()}: {where}: {first['msg']}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is not valid: {type(error).__name__}: {error}") from None
+        raise ArtifactError(f"{path} is not a valid {kind.__name__.lower()}: {type(error).__name__}: {error}") from None
 
 
 def schema() -> dict[str, Any]:

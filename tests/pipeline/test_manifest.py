@@ -123,7 +123,10 @@ def test_other_labels_are_refused(labels: Any, document: dict[str, Any], read: C
 def test_a_manifest_of_before_the_added_fields_is_read(
     document: dict[str, Any], manifest: Manifest, read: Callable[[object], Manifest]
 ) -> None:
-    del document["report"]["evaluation"]["classes"]
+    report = document["report"]
+    del report["evaluation"]["classes"], report["peaks"], report["work"]
+    for candidate in report["candidates"]:
+        del candidate["arithmetic"], candidate["roofs"], candidate["throughput"]
     for accuracy in (document["accuracy"], document["report"]["candidates"][0]["accuracy"]):
         for metric in accuracy["metrics"]:
             del metric["unit"], metric["power"]
@@ -154,6 +157,7 @@ def test_schema_and_reader_refuse_the_same_missing_fields(
         (field.name,) if kind is Manifest else ("report", field.name)
         for kind in (Manifest, Report)
         for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING
     }
     assert ("accuracy", "drop", "high") in refused
     assert ("report", "host", "target", "features") in refused

@@ -149,7 +149,7 @@ def test_an_unknown_pass_lists_the_known_ones() -> None:
 def test_an_unknown_option_lists_the_known_ones() -> None:
     with pytest.raises(RequestError) as raised:
         parse("quantize-onnx{bits=4}")
-    assert raised.value.hint == "options of quantize-onnx: mode, per_channel, samples"
+    assert raised.value.hint == "options of quantize-onnx: mode, per_channel, samples, keep"
 
 
 def test_one_pass_is_not_two() -> None:
