@@ -46,7 +46,7 @@ def sample_inputs(folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from optimize.models.examples import encode
+    from optimize.models.encoding import encode
 
     rows = [
         {"text": "A batch of one is traced as a constant."},

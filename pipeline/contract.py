@@ -92,7 +92,7 @@ class Context:
 
     task: str
     target: Target
-    calibration: Path | None = None  # an .npz of model inputs (see models/examples.py), never of evaluation examples
+    calibration: Path | None = None  # an .npz of model inputs (see models/encoding.py), never of evaluation examples
 
 
 @dataclass(frozen=True)

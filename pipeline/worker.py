@@ -48,15 +48,15 @@ class Worker:
 
         Where the text is `labelled`, evaluation.npz also has what turns outputs into answers (see answers.py).
         """
-        from optimize.models import examples
+        from optimize.models import encoding
         from optimize.pipeline.batches import save_batches
 
         source, target = Path(folder), Path(out)
-        batches = examples.encode(source, evaluation, max_length, examples.BATCH_SIZES, labelled=labelled)
+        batches = encoding.encode(source, evaluation, max_length, encoding.BATCH_SIZES, labelled=labelled)
         save_batches(target / "evaluation.npz", batches)
         if calibration:
-            save_batches(target / "calibration.npz", examples.encode(source, calibration, max_length, (1,)))
-        save_batches(target / "cells.npz", examples.encode_cells(source, evaluation, cells))
+            save_batches(target / "calibration.npz", encoding.encode(source, calibration, max_length, (1,)))
+        save_batches(target / "cells.npz", encoding.encode_cells(source, evaluation, cells))
         return {"batches": len(batches), "tokens": int(sum(batch["attention_mask"].sum() for batch in batches))}
 
     def build(

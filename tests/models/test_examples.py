@@ -12,7 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from optimize.models.examples import BATCH_SIZES, SHIPPED, Examples, encode, encode_cells, read_examples
+from optimize.models.encoding import BATCH_SIZES, encode, encode_cells
+from optimize.models.examples import SHIPPED, Examples, read_examples
 from optimize.models.tasks import TASKS
 from optimize.pipeline.answers import CONTEXT, OFFSETS, WORDS
 from optimize.pipeline.batches import load_batches, save_batches

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optimize.models.examples import encode, read_examples
+from optimize.models.encoding import encode
+from optimize.models.examples import read_examples
 from optimize.models.tasks import TASKS
 from optimize.passes import quantize_openvino
 from optimize.passes.convert_openvino import IR, ConvertOpenvino

@@ -1,0 +1,102 @@
+"""Cells of --data: text, words and labels, each refused in words where it is none. `where` names file and row."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from optimize.pipeline.contract import LabelKind
+from optimize.pipeline.errors import RequestError
+
+Row = Mapping[str, Any]
+
+
+def read_text(value: object, column: str, where: str) -> str:
+    """A cell of text, as it is."""
+    if not isinstance(value, str) or not value.strip():
+        what = "is empty" if value in (None, "") or isinstance(value, str) else f"is not text ({value!r})"
+        raise RequestError(f"{where}: {column} {what}", hint="remove the row, or fill the cell")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise RequestError(f"{where}: {column} is not Unicode text (a lone surrogate)")
+    return value
+
+
+def _words(value: object, column: str, where: str) -> list[str]:
+    return [read_text(word, f"a word of {column}", where) for word in _list(value, column, where)]
+
+
+def _list(value: object, column: str, where: str) -> list[Any]:
+    if isinstance(value, list) and value:
+        return value
+    what = f"is not a list ({value!r:.40})" if value else "is empty"
+    raise RequestError(
+        f"{where}: {column} {what}",
+        hint="a .csv has no lists: give a .jsonl or .parquet file" if value else "remove the row, or fill the cell",
+    )
+
+
+READERS = {"tokens": _words}  # of the columns that are not text
+
+
+def read_label(
+    row: Row, column: str, kind: LabelKind, texts: Row, where: str, id2label: Mapping[int, str]
+) -> int | float | tuple[int, ...] | tuple[str, ...]:
+    """A row's label, as contract.LabelKind has it: classes by the model's own names or indices."""
+    value = row.get(column)
+    if kind == LabelKind.CLASS:
+        return _class(value, column, where, id2label)
+    if kind == LabelKind.SCORE:
+        return _score(value, column, where)
+    if kind == LabelKind.ANSWERS:
+        return _answers(value, column, where)
+    tags, words = _list(value, column, where), texts["tokens"]
+    if len(tags) != len(words):
+        raise RequestError(f"{where}: {len(words)} tokens and {len(tags)} {column}", hint="give each token its tag")
+    return tuple(_class(tag, "tag", where, id2label) for tag in tags)
+
+
+def _class(value: object, column: str, where: str, id2label: Mapping[int, str]) -> int:
+    by_name = {name: index for index, name in id2label.items()}
+    if isinstance(value, str) and value in by_name:
+        return by_name[value]
+    try:
+        index = int(value) if isinstance(value, str) else value
+        if isinstance(value, float) and value.is_integer():
+            index = int(value)  # what data frames make of integers in a column with gaps
+    except ValueError:
+        index = None
+    if isinstance(index, int) and not isinstance(index, bool) and index in id2label:
+        return index
+    listed = ", ".join(f"{index} {name}" for index, name in list(id2label.items())[:10])
+    raise RequestError(f"{where}: {column} {value!r} is not one of the model's", hint=f"the model's labels: {listed}")
+
+
+def _score(value: object, column: str, where: str) -> float:
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        score = math.nan
+    if math.isfinite(score):
+        return score
+    raise RequestError(
+        f"{where}: {column} {value!r} is not a number", hint="give every pair one, or leave out the column"
+    )
+
+
+def _answers(value: object, column: str, where: str) -> tuple[str, ...]:
+    """SQuAD's {"text": [...]}, a list of texts, or one text; an empty list says that there is no answer."""
+    found = value.get("text") if isinstance(value, Mapping) else value
+    if isinstance(found, str):
+        if re.match(r"\s*(\{.*\banswer_start\b|\[\s*['\"])", found, re.DOTALL):
+            raise RequestError(
+                f"{where}: {column} is a list written as text", hint="give a .jsonl or .parquet file, or one plain text"
+            )
+        found = [found]
+    if not isinstance(found, list):
+        raise RequestError(
+            f"{where}: {column} {value!r:.40} is no list of texts",
+            hint='write ["..."], or {"text": ["..."]} as SQuAD does; [] says that there is no answer',
+        )
+    return tuple(read_text(answer, column, where) for answer in found)

@@ -1,0 +1,113 @@
+"""Rows of --data: .jsonl, .csv and .parquet files, and datasets on the hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optimize.pipeline.errors import RequestError
+
+MAX_CELL = 1 << 24  # characters of one cell of a .csv
+
+Row = Mapping[str, Any]
+
+
+def read_rows(data: str) -> list[Row]:
+    """The rows of a file or hub dataset, column -> value. Raises RequestError for what cannot be read."""
+    path = Path(data)
+    try:
+        if path.suffix in (".jsonl", ".json") and path.is_file():
+            rows = _jsonl(path)
+        elif path.suffix == ".csv" and path.is_file():
+            rows = _csv(path)
+        elif path.suffix == ".parquet" and path.is_file():
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.read_table(path)
+            described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+            rows = _tags_by_name(table.to_pylist(), described.get("info", {}).get("features", {}))
+        elif path.suffix in (".jsonl", ".json", ".csv", ".parquet") or path.exists():
+            state = "is not there" if not path.exists() else "is none of .jsonl, .csv, .parquet"
+            raise RequestError(f"--data {data} {state}", hint="give a file, or the id of a dataset on the hub")
+        else:
+            rows = _hub_dataset(data)
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--data {data} is not UTF-8: {error}", hint="save it as UTF-8") from error
+    except (OSError, ValueError, csv.Error) as error:  # ArrowInvalid is a ValueError
+        raise RequestError(f"--data {data} cannot be read: {error}") from error
+    if not rows:
+        raise RequestError(f"--data {data} has no rows")
+    return rows
+
+
+def _csv(path: Path) -> list[Row]:
+    csv.field_size_limit(MAX_CELL)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, strict=True)
+        names = list(reader.fieldnames or ())
+        if len(set(names)) < len(names):
+            raise RequestError(f"--data {path}: two columns have one name", hint=f"columns found: {', '.join(names)}")
+        rows: list[Row] = list(reader)
+    for number, row in enumerate(rows, start=1):
+        if None in row:
+            raise RequestError(
+                f"--data {path}: row {number} has more cells than the header", hint="quote text that holds commas"
+            )
+    return rows
+
+
+def _jsonl(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(
+                f"--data {path}: line {number} is not JSON: {error}", hint='write {"text": "..."}'
+            ) from None
+        if not isinstance(row, dict):
+            raise RequestError(f"--data {path}: line {number} is not a JSON object", hint='write {"text": "..."}')
+        rows.append(row)
+    return rows
+
+
+def _hub_dataset(data: str) -> list[Row]:
+    import datasets
+
+    name, _, split = data.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, split=split or "test", streaming=False)
+        return _tags_by_name(list(loaded), loaded.features.to_dict())
+    except Exception as error:  # the library raises a dozen unrelated types for what is one thing to the user
+        raise RequestError(
+            f"--data {data}: no such file, and not a dataset that can be loaded: {type(error).__name__}: {error}",
+            hint="give a .jsonl, .csv or .parquet file, or NAME:SPLIT of a dataset on the hub (split `test` if none)",
+        ) from error
+
+
+def _tags_by_name(rows: list[Row], features: Mapping[str, Any]) -> list[Row]:
+    """Rows with the names of lists of classes in place of their indices, where the data set names them.
+
+    The indices are the data set's own: the model's classes may stand in another order. `features` is how the datasets
+    library describes columns.
+    """
+    named = {
+        column: feature["feature"]["names"]
+        for column, feature in features.items()
+        if isinstance(feature, dict) and isinstance(feature.get("feature"), dict) and "names" in feature["feature"]
+    }
+    if not named:
+        return rows
+
+    def name(tag: Any, names: Sequence[str]) -> Any:
+        return names[tag] if isinstance(tag, int) and 0 <= tag < len(names) else tag
+
+    return [
+        {**row, **{column: [name(tag, names) for tag in row[column] or ()] for column, names in named.items()}}
+        for row in rows
+    ]
