@@ -17,7 +17,7 @@ import pytest
 from optimize.pipeline.store import Damage, Store
 from tests.conftest import Cli, MakeCheckpoint
 
-QUICK = ("--workload", "1x8,2x16", "--budget", "10s", "--min-speedup", "0.01")
+QUICK = ("--workload", "1x8,2x16", "--budget", "10s", "--min-speedup", "0.0001")
 FAULTS = """
 @dataclass(frozen=True)
 class Fault(Base):
