@@ -21,7 +21,10 @@ REPEAT_TOLERANCE = 1e-3  # of the output's largest magnitude, between two runs o
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What was found. `drop` is 1 - cosine, averaged over an example's positions and then over examples."""
+    """What was found. `drop` is 1 - cosine, averaged over an example's positions and then over examples.
+
+    Where the largest element is an answer, outputs are compared as probabilities, and so are the errors.
+    """
 
     drop: Interval
     worst_drop: float
@@ -36,8 +39,9 @@ class Accuracy:
 def compare_outputs(
     reference: Sequence[Example], candidate: Sequence[Example], *, top1: bool, cells: Mapping[Cell, Sequence[int]]
 ) -> Accuracy:
-    """Compare examples pairwise. `cells` says which of the examples (by index) are a cell's; the others are text.
+    """Compare examples pairwise: as they are, or where the largest element is an answer (`top1`) as probabilities.
 
+    `cells` says which of the examples (by index) are a cell's; the others are text.
     Raises ValueError when shapes differ: then nothing can be compared.
     """
     if len(reference) != len(candidate):
@@ -49,11 +53,13 @@ def compare_outputs(
             found = ours[name]
             if found.shape != expected.shape:
                 raise ValueError(f"{name} has shape {list(found.shape)}, the reference {list(expected.shape)}")
+            same.append(float(np.mean(found.argmax(axis=-1) == expected.argmax(axis=-1))))
+            if top1:
+                found, expected = probabilities(found), probabilities(expected)
             cosines.append(cosine(found, expected))
             difference = np.abs(found - expected)
             largest = max(largest, float(difference.max(initial=0)))
             relative.append(float(np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-12)))
-            same.append(float(np.mean(found.argmax(axis=-1) == expected.argmax(axis=-1))))
         drops.append(1 - float(np.mean(cosines)))
         errors.append(max(relative))
         agreements.append(float(np.mean(same)))
@@ -68,6 +74,18 @@ def compare_outputs(
         cells={str(cell): float(np.mean([drops[index] for index in indices])) for cell, indices in cells.items()},
         examples=len(text),
     )
+
+
+def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """What logits stand for: softmax over the last axis; of a single one, as rerankers have, sigmoid and its rest.
+
+    Two logits that nearly cancel, as a two-class head's do where it is unsure, point anywhere.
+    """
+    wide = logits.astype(np.float64)
+    if wide.shape[-1] == 1:
+        wide = np.concatenate([wide, np.zeros_like(wide)], axis=-1)
+    shifted = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
 def why_rejected(accuracy: Accuracy, gates: Gates) -> str | None:
