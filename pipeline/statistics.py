@@ -12,7 +12,7 @@ import numpy as np
 
 CONFIDENCE = 0.99
 LARGEST_LOG = 700.0  # whose exponential is still a float
-EQUIVALENT = 1.02  # two processes of one program differ by up to this, by how their memory happens to lie
+EQUIVALENT = 1.02  # so far may two processes of one program differ: see docs/measuring.md, "Words"
 
 
 @dataclass(frozen=True)
