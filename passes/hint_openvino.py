@@ -30,7 +30,7 @@ class HintOpenvino(Pass):
         return {"bf16": "bfloat16", "f16": "float16"}[self.precision]
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
-        dtype = {"bf16": "bfloat16", "f16": "float16"}[self.precision]
+        dtype = self.arithmetic
         return None if dtype in target.dtypes else f"{target.device} has no {dtype} arithmetic"
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from inputs import write
+
 HERE = Path(__file__).parent
 # script: the environment that it runs in; None is the project's own
 SCRIPTS = {
@@ -41,8 +43,7 @@ def main() -> None:
     ours = [f"--ours={given.ours}"]
     inputs = given.out / "inputs"
     if not (inputs / "labels.json").exists():
-        words = [HERE / "inputs.py", given.checkpoint, given.task, inputs, *data]
-        subprocess.run([sys.executable, *words], check=True)
+        write(given.checkpoint, given.task, given.data, inputs)
     for tool, venv in SCRIPTS.items():
         if (given.out / f"{tool}.jsonl").exists():
             continue
