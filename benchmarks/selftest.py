@@ -20,8 +20,7 @@ from pathlib import Path
 
 from optimize.pipeline.contract import Cell
 from optimize.pipeline.measure import Speed, compare
-from optimize.pipeline.selftest import EXTRA
-from optimize.pipeline.statistics import difference
+from optimize.pipeline.selftest import EXTRA, found
 from optimize.pipeline.workers import WorkerProcess
 
 QUICK, DEFAULT = 3.0, 15.0  # seconds
@@ -43,7 +42,7 @@ def main() -> None:
             count = worker.ask("calibrate", limit=60, seconds=0.01)
         same = [run(scratch, count, count, QUICK) for _ in range(arguments.same)]
         heavier = [run(scratch, round(count * (1 + EXTRA)), count, DEFAULT) for _ in range(arguments.heavier)]
-    words = {name: [difference(speed.overall) for speed in speeds] for name, speeds in
+    words = {name: [found(speed) for speed in speeds] for name, speeds in
              (("same", same), ("heavier", heavier))}  # fmt: skip
     counts = {name: dict(collections.Counter(map(str, found))) for name, found in words.items()}
     print(counts)
@@ -65,7 +64,9 @@ def run(scratch: Path, baseline: int, candidate: int, seconds: float) -> Speed:
             worker.ask("open_products", limit=60, count=products)
             worker.pause()
         speed, _ = compare(first, second, [Cell(1, 1)], seconds)
-    print(f"{speed.overall} {speed.quads} quads, {difference(speed.overall)}; {speed.noise}", flush=True)
+    print(
+        f"{speed.overall} {speed.quads} quads, {speed.disturbed} disturbed, {found(speed)}; {speed.noise}", flush=True
+    )
     return speed
 
 

@@ -24,7 +24,7 @@ class ConvertOpenvino(Pass):
     name: ClassVar = "convert-openvino"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.OPENVINO
-    version: ClassVar = 1
+    version: ClassVar = 2
     tools: ClassVar = ("torch", "transformers", "openvino")
 
     @property
@@ -41,7 +41,7 @@ class ConvertOpenvino(Pass):
         config = OpenVINOConfig(dynamic=True, dynamic_shapes=dynamic_shapes(source.path, inputs))
         program = OpenVINOExporter().export(model, inputs, config=config).program
         openvino.save_model(program, out / IR, compress_to_fp16=False)
-        write_precision(out, "f32")
+        write_runtime_options(out, "f32")
         return {"operations": len(program.get_ordered_ops())}
 
     def ensures(self, out: Path) -> None:
@@ -52,9 +52,10 @@ class ConvertOpenvino(Pass):
                 raise ValueError(f"{port.any_name} has a fixed shape {port.partial_shape}")
 
 
-def write_precision(out: Path, precision: str) -> None:
-    """Write down what the runtime is to compute in ("f32", "bf16").
+def write_runtime_options(out: Path, precision: str) -> None:
+    """Write down all that the gate runs it with, but for the number of threads; `precision` is "f32" or "bf16".
 
     Always: left to itself, OpenVINO runs a float32 model in bfloat16 wherever the processor can.
     """
-    (out / RUNTIME_OPTIONS).write_text(json.dumps({"INFERENCE_PRECISION_HINT": precision}))
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+    (out / RUNTIME_OPTIONS).write_text(json.dumps(options))

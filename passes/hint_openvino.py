@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from optimize.passes.convert_openvino import IR, write_precision
+from optimize.passes.convert_openvino import IR, write_runtime_options
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 
 
@@ -20,7 +20,7 @@ class HintOpenvino(Pass):
     name: ClassVar = "hint-openvino"
     accepts: ClassVar = Kind.OPENVINO
     produces: ClassVar = Kind.OPENVINO
-    version: ClassVar = 1
+    version: ClassVar = 2
     tools: ClassVar = ("openvino",)
 
     precision: Literal["bf16", "f16"] = "bf16"
@@ -37,5 +37,5 @@ class HintOpenvino(Pass):
         import openvino
 
         openvino.save_model(openvino.Core().read_model(source.path / IR), out / IR, compress_to_fp16=True)
-        write_precision(out, self.precision)
+        write_runtime_options(out, self.precision)
         return {}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from optimize.passes._sensitivity import SAMPLES, noisiest
-from optimize.passes.convert_openvino import IR, write_precision
+from optimize.passes.convert_openvino import IR, write_runtime_options
 from optimize.pipeline.batches import Encoded, load_batches
 from optimize.pipeline.contract import Artifact, Context, Kind, Pass
 
@@ -30,7 +30,7 @@ class QuantizeOpenvino(Pass):
     name: ClassVar = "quantize-openvino"
     accepts: ClassVar = Kind.OPENVINO
     produces: ClassVar = Kind.OPENVINO
-    version: ClassVar = 2
+    version: ClassVar = 3
     tools: ClassVar = ("openvino", "nncf")
 
     mode: Literal["static", "weights"] = "static"
@@ -74,7 +74,7 @@ class QuantizeOpenvino(Pass):
         if not quantized:
             raise RuntimeError(f"none of {eligible} matrix products was quantized")
         openvino.save_model(model, out / IR, compress_to_fp16=False)
-        write_precision(out, "f32")
+        write_runtime_options(out, "f32")
         return {"quantized": quantized, "eligible": eligible, "kept": kept}
 
 

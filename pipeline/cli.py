@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import inspect
 import json
 import logging
-import os
-import signal
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 from click_default_group import DefaultGroup
 
-from optimize.pipeline.errors import ExitCode, OptimizeError, RequestError
+from optimize.pipeline import terminal
+from optimize.pipeline.errors import ExitCode, RequestError
 
 FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
 
@@ -43,6 +38,13 @@ def main_group() -> None:
 @click.option("--recipe", "recipes", multiple=True, metavar="TEXT", help="Only this recipe; may be given repeatedly.")
 @click.option("--max-drop", type=float, default=0.001, show_default=True, help="What may be lost of fidelity.")
 @click.option("--min-speedup", type=float, default=1.05, show_default=True, help="What the speedup must be above.")
+@click.option(
+    "--max-load",
+    type=float,
+    default=0.2,
+    show_default=True,
+    help="Share of the host that other work may take meanwhile.",
+)
 @click.option("--workload", default="1x32,1x128,8x128", show_default=True, help="Cells to measure, batch x tokens.")
 @click.option("--budget", default="3m", show_default=True, help="Time for measuring all candidates together.")
 @click.option(
@@ -57,23 +59,21 @@ def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **opti
     from optimize.pipeline.driver import Request
     from optimize.pipeline.progress import Lines, Live, NoteHandler
 
-    console = _console()
+    console = terminal.console()
     logging.getLogger("optimize").addHandler(NoteHandler(Lines(console)))
     logging.getLogger("optimize").setLevel(logging.DEBUG if verbose else logging.WARNING)
-    with _errors_to(json_file):
+    with terminal.errors_to(json_file):
         if not dry_run:
-            _check_writable(json_file)
+            terminal.check_writable(json_file)
         planned = Request(**options).plan()
         if dry_run:
             console.print(planned.plan.describe(planned.store), markup=False, highlight=False, soft_wrap=True)
             return ExitCode.EMITTED
         report = planned.run(Live(console) if console.is_terminal and not verbose else Lines(console))
-    from optimize.pipeline.manifest import to_json
     from optimize.pipeline.report import print_report
 
     print_report(console, report, planned.out)
-    if json_file is not None:
-        _write(json_file, to_json(report))
+    terminal.write_result(json_file, type(report), report)
     return report.exit_code
 
 
@@ -86,11 +86,11 @@ def verify(folder: Path, budget: str, json_file: Path | None) -> int:
     from optimize.pipeline.driver import parse_budget
     from optimize.pipeline.verify import verify_folder
 
-    with _errors_to(json_file):
-        _check_writable(json_file)
+    with terminal.errors_to(json_file):
+        terminal.check_writable(json_file)
         result = verify_folder(folder, parse_budget(budget))
-    _console().print(result.describe(), markup=False, highlight=False, soft_wrap=True)
-    _write_result(json_file, type(result), result)
+    terminal.say(result.describe())
+    terminal.write_result(json_file, type(result), result)
     return result.exit_code
 
 
@@ -108,11 +108,11 @@ def explain(folder: Path, candidate: str | None, cache: Path | None, json_file: 
     from optimize.pipeline.explain import Explanation
     from optimize.pipeline.explain import explain as explain_run
 
-    with _errors_to(json_file):
-        _check_writable(json_file)
+    with terminal.errors_to(json_file):
+        terminal.check_writable(json_file)
         found = explain_run(folder, candidate, cache_folder(cache))
-    _console().print(found.describe(), markup=False, highlight=False, soft_wrap=True)
-    _write_result(json_file, Explanation, found)
+    terminal.say(found.describe())
+    terminal.write_result(json_file, Explanation, found)
     return ExitCode.EMITTED
 
 
@@ -121,12 +121,12 @@ def passes() -> int:
     """List the passes: what each reads, makes, and takes as options."""
     from optimize.pipeline.recipe import pass_class, pass_names
 
-    table = _table("pass", "reads", "makes", "options (defaults)", "what it does")
+    table = terminal.table("pass", "reads", "makes", "options (defaults)", "what it does")
     for name in pass_names():
         cls = pass_class(name)
         options = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(cls))
         table.add_row(name, cls.accepts, cls.produces, options, (cls.__doc__ or "").strip().splitlines()[0])
-    _console().print(table)
+    terminal.console().print(table)
     return ExitCode.EMITTED
 
 
@@ -135,14 +135,14 @@ def targets() -> int:
     """List the targets of this version, and what this host is."""
     from optimize.pipeline.driver import find_target, target_names
 
-    table = _table("target", "device", "cores", "memory", "dtypes", "features")
+    table = terminal.table("target", "device", "cores", "memory", "dtypes", "features")
     for name in target_names():
         target, _ = find_target(name)
         memory = f"{target.memory / 2**30:.0f} GiB"
         table.add_row(
             name, target.device, str(target.cores), memory, ", ".join(target.dtypes), ", ".join(target.features)
         )
-    _console().print(table)
+    terminal.console().print(table)
     return ExitCode.EMITTED
 
 
@@ -161,7 +161,7 @@ def cache_list(cache_path: Path | None) -> int:
     from optimize.pipeline.store import Damage
 
     store = _store(cache_path)
-    table = _table("key", "kind", "MiB", "built in", "recipe")
+    table = terminal.table("key", "kind", "MiB", "built in", "recipe")
     for key in store.keys():  # noqa: SIM118 (not a dict)
         entry = store.describe(key)
         if isinstance(entry, Damage):
@@ -169,8 +169,8 @@ def cache_list(cache_path: Path | None) -> int:
         else:
             size, seconds = f"{entry.size / 2**20:.1f}", f"{entry.step.seconds:.1f} s"
             table.add_row(key[:10], entry.artifact.kind, size, seconds, entry.text)
-    _console().print(table)
-    _console().print(f"{len(store.keys())} artifacts in {store.root}", highlight=False, soft_wrap=True)
+    terminal.console().print(table)
+    terminal.say(f"{len(store.keys())} artifacts in {store.root}")
     return ExitCode.EMITTED
 
 
@@ -183,8 +183,8 @@ def cache_verify(cache_path: Path | None) -> int:
     store = _store(cache_path)
     damaged = [found for found in map(store.get, store.keys()) if isinstance(found, Damage)]
     for damage in damaged:
-        _console().print(f"damaged: {damage.key[:10]}: {damage.reason}", highlight=False, soft_wrap=True)
-    _console().print(f"{len(store.keys())} artifacts, {len(damaged)} damaged (a run rebuilds them)", highlight=False)
+        terminal.say(f"damaged: {damage.key[:10]}: {damage.reason}")
+    terminal.say(f"{len(store.keys())} artifacts, {len(damaged)} damaged (a run rebuilds them)")
     return ExitCode.BUG if damaged else ExitCode.EMITTED
 
 
@@ -196,7 +196,7 @@ def cache_prune(cache_path: Path | None, days: int) -> int:
     from optimize.pipeline.driver import cache_folder, prune
 
     artifacts, runs = prune(cache_folder(cache_path), days)
-    _console().print(f"removed {artifacts} artifacts and {runs} runs", highlight=False)
+    terminal.say(f"removed {artifacts} artifacts and {runs} runs")
     return ExitCode.EMITTED
 
 
@@ -212,11 +212,11 @@ def doctor(self_test: bool, budget: str, json_file: Path | None) -> int:
         return _self_test(budget, json_file)
     from optimize.pipeline.doctor import findings, peaks
 
-    table = _table("what", "found", "what it means")
+    table = terminal.table("what", "found", "what it means")
     rows = [*findings(), peaks()]
     for row in rows:
         table.add_row(row.what, ("" if row.good else "[red]") + row.found, row.meaning)
-    _console().print(table)
+    terminal.console().print(table)
     return ExitCode.EMITTED if all(row.good for row in rows) else ExitCode.BUG
 
 
@@ -224,10 +224,10 @@ def _self_test(budget: str, json_file: Path | None) -> int:
     from optimize.pipeline.driver import parse_budget
     from optimize.pipeline.selftest import SelfTest, self_test
 
-    _check_writable(json_file)
+    terminal.check_writable(json_file)
     result = self_test(parse_budget(budget))
-    _console().print(result.describe(), markup=False, highlight=False, soft_wrap=True)
-    _write_result(json_file, SelfTest, result)
+    terminal.say(result.describe())
+    terminal.write_result(json_file, SelfTest, result)
     return result.exit_code
 
 
@@ -246,101 +246,13 @@ def repeat(request: Path) -> int:
         ) from None
     out = tempfile.mkdtemp(prefix="optimize-repeat-")
     facts = Worker().build(**arguments, out=out)
-    _console().print(f"built into {out}: {facts}", highlight=False, soft_wrap=True)
+    terminal.say(f"built into {out}: {facts}")
     return ExitCode.EMITTED
 
 
 def main() -> NoReturn:
-    """The console script: turns outcomes into exit codes, and errors into words."""
-    _open_standard_descriptors()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, _interrupted)
-    try:
-        code = main_group.main(standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        code = _complain("interrupted; what was built so far is kept", None, ExitCode.INTERRUPTED)
-    except click.ClickException as error:
-        error.show()
-        code = ExitCode.REFUSED
-    except OptimizeError as error:
-        code = _complain(error.message, error.hint, error.exit_code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        code = _complain(f"cannot write: {error}", "make room, or name another folder", ExitCode.BUG)
-    sys.exit(int(code or 0))
-
-
-def _open_standard_descriptors() -> None:
-    """Whoever closed one of them would else find a worker's pipe in its place."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-
-
-def _interrupted(number: int, frame: object) -> NoReturn:
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)  # what ends workers and removes what is half-written is not broken off
-    raise KeyboardInterrupt
-
-
-def _complain(message: str, hint: str | None, code: ExitCode) -> ExitCode:
-    click.echo(f"error: {message}", err=True)
-    if hint is not None:
-        click.echo(f"  {hint}", err=True)
-    return code
-
-
-@contextmanager
-def _errors_to(json_file: Path | None) -> Iterator[None]:
-    """Write the error of a refusal to --json, too; that this fails must not hide the refusal."""
-    try:
-        yield
-    except (OptimizeError, KeyboardInterrupt) as error:
-        code = error.exit_code if isinstance(error, OptimizeError) else ExitCode.INTERRUPTED
-        if json_file is not None:
-            try:
-                words = str(error) or "interrupted"
-                _write(json_file, json.dumps({"exit_code": code, "error": words}, indent=1) + "\n")
-            except OptimizeError as unwritten:
-                click.echo(f"error: {unwritten.message}", err=True)
-        raise
-
-
-def _check_writable(json_file: Path | None) -> None:
-    """Find out before a run of minutes, not after it."""
-    if json_file is None:
-        return
-    try:
-        if json_file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        if json_file.is_fifo():
-            raise OSError(errno.EINVAL, "it is a pipe, which would wait for a reader")
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=json_file.parent):  # elsewhere than in the file: nothing is left half-written
-            pass
-        if json_file.is_file():
-            json_file.unlink()  # so that an older report is never taken for this run's, however this one ends
-    except OSError as error:
-        raise RequestError(
-            f"--json {json_file} cannot be written: {error.strerror}", hint="name another file"
-        ) from None
-
-
-def _write_result(path: Path | None, kind: type, result: object) -> None:
-    if path is not None:
-        from optimize.pipeline.manifest import adapter
-
-        _write(path, adapter(kind).dump_json(result, indent=1).decode() + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise OptimizeError(f"{path} cannot be written: {error}") from None
+    """The console script."""
+    terminal.exit_with(lambda: main_group.main(standalone_mode=False))
 
 
 def _store(cache_path: Path | None) -> Any:
@@ -348,25 +260,6 @@ def _store(cache_path: Path | None) -> Any:
     from optimize.pipeline.store import Store
 
     return Store(cache_folder(cache_path) / "store")
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    class Tireless(Console):
-        def on_broken_pipe(self) -> None:
-            """Go on when nobody reads any more: the product is the folder, not the output."""
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    console = Tireless()
-    return console if console.is_terminal else Tireless(width=200)
-
-
-def _table(*titles: str) -> Any:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    return Table(*titles, box=SIMPLE, pad_edge=False)
 
 
 if __name__ == "__main__":

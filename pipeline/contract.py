@@ -43,6 +43,15 @@ class LabelKind(StrEnum):
 
 
 @dataclass(frozen=True)
+class Labelling:
+    """What people say of the examples that are evaluated (of the pairs, for sentence-similarity)."""
+
+    kind: LabelKind
+    labels: Labels
+    classes: dict[int, str] | None = None  # the model's own names, where labels are its classes
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model id or local folder, resolved to a pinned revision and a list of files with digests."""
 
@@ -168,6 +177,7 @@ class Gates:
 
     max_drop: float = 0.001  # of fidelity to the float32 reference (1 - mean cosine), or of the task's metric
     min_speedup: float = 1.05  # the lower end of the speedup's interval must be above it
+    max_load: float = 0.2  # share of the host's processors that foreign work may take while it is timed
 
 
 class Objective(StrEnum):

@@ -15,7 +15,7 @@ from typing import cast
 
 from filelock import FileLock, Timeout
 
-from optimize.pipeline.contract import Checkpoint, Gates, Objective, Recipe, Target
+from optimize.pipeline.contract import Checkpoint, Gates, Labelling, Objective, Recipe, Target
 from optimize.pipeline.emit import check_out
 from optimize.pipeline.errors import OptimizeError, RequestError
 from optimize.pipeline.manifest import Report
@@ -42,6 +42,7 @@ class Request:
     recipes: Sequence[str] = ()
     max_drop: float = Gates.max_drop
     min_speedup: float = Gates.min_speedup
+    max_load: float = Gates.max_load
     workload: str = DEFAULT_WORKLOAD
     budget: str = DEFAULT_BUDGET
     objective: str = Objective.LATENCY
@@ -61,18 +62,18 @@ class Request:
         out = self.out if self.out is not None else Path(f"{checkpoint.name}-{target.name}")
         check_out(out, cache)
         task = tasks.TASKS[checkpoint.task]
-        named = task.labelled is not None and task.labelled.kind.names_classes
-        classes = checkpoints.id2label(checkpoint.folder) if named else None
+        kind = task.labelled.kind if task.labelled is not None else None
+        classes = checkpoints.id2label(checkpoint.folder) if kind is not None and kind.names_classes else None
         read = examples.read_examples(self.data, task, classes)
         plan = make_plan(
             checkpoint, target, explicit or defaults.recipes(checkpoint, target), workload=self.workload,
-            gates=Gates(self.max_drop, self.min_speedup), budget=budget,
+            gates=Gates(self.max_drop, self.min_speedup, self.max_load), budget=budget,
             evaluation=f"{len(read.evaluation)} examples of {read.source}, {len(read.calibration)} others to calibrate",
             calibration_digest=read.calibration_digest if read.calibration else None,
         )  # fmt: skip
         pooling = tasks.sentence_pooling(checkpoint.folder) if task.name == "sentence-similarity" else None
-        classes = classes if read.labels is not None else None
-        texts = Texts(read.source, read.evaluation, read.calibration, read.labels, classes, pooling, task.top1)
+        labelling = Labelling(kind, read.labels, classes) if kind is not None and read.labels is not None else None
+        texts = Texts(read.source, read.evaluation, read.calibration, labelling, pooling, task.top1)
         return Planned(plan, texts, Store(cache / "store"), cache, out, objective)
 
 
@@ -180,11 +181,11 @@ def _objective(text: str) -> Objective:
 
 
 def parse_budget(text: str) -> float:
-    """Seconds of `90`, `90s`, `5m` or `1h`. Raises RequestError for anything else, and below 10 s."""
+    """Seconds of `90`, `90s`, `5m` or `1h`. Raises RequestError for anything else, and below 1 s."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     if match is None:
         raise RequestError(f"--budget {text!r} is not a time", hint="for example 90s, 5m or 1h")
     seconds = float(match[1]) * _UNITS[match[2]]
-    if not 10 <= seconds <= 24 * 3600:
-        raise RequestError(f"--budget {text!r} is not between 10 seconds and 24 hours")
+    if not 1 <= seconds <= 24 * 3600:
+        raise RequestError(f"--budget {text!r} is not between 1 second and 24 hours")
     return seconds

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimize.pipeline.accuracy import Accuracy
-from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Labels, Objective, Target
+from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Labelling, Objective, Target
 from optimize.pipeline.errors import ArtifactError
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.plan import installed_version
@@ -23,7 +23,7 @@ from optimize.pipeline.verdict import Candidate, Throughput
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "2.0"
 FILE = "optimize.json"
 REPORT = "report.json"  # in a run's folder
 RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers")
@@ -51,8 +51,7 @@ class Evaluation:
     calibration_digest: str | None
     pooling: str | None  # how tokens become the sentence embedding that is judged
     top1: bool  # whether the largest element of an output is an answer
-    labels: Labels | None  # of the examples (pairs, for sentence-similarity), where --data had them: see LabelKind
-    classes: dict[int, str] | None = None  # the model's own names, where labels are its classes; since 1.2
+    labelling: Labelling | None  # where --data had labels
 
 
 @dataclass(frozen=True)

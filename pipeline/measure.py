@@ -3,7 +3,8 @@
 Two workers live side by side; the one that is not being timed is stopped. A quad is four blocks of every cell of the
 workload, A B B A or B A A B by the toss of a coin: its log ratio is free of any drift that is linear over the quad, and
 for equal sides its sign is a fair coin whatever the host does. The quads are the independent samples; their number is
-fixed before the first is looked at.
+fixed before the first is looked at. Quads during which foreign work took more of the host than is allowed are made
+again: how much it took says nothing of the sign.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from optimize.pipeline.contract import Cell
+from optimize.pipeline.contract import Cell, Gates
 from optimize.pipeline.noise import Noise, NoiseMeter
 from optimize.pipeline.statistics import Interval, ratio_interval
 from optimize.pipeline.workers import WorkerProcess, running
@@ -47,6 +48,8 @@ class Speed:
     cells: tuple[CellSpeed, ...]
     quads: int
     noise: Noise | None = None
+    disturbed: int = 0  # quads that foreign work disturbed, and that are not among the samples
+    busy: bool = False  # the host: too few quads were undisturbed, so all of them are among the samples
 
 
 # seconds of each call, by quad, block, cell and call: the raw figures behind a Speed. A quad's blocks are put down as
@@ -59,22 +62,31 @@ def compare(
     candidate: WorkerProcess,
     cells: Sequence[Cell],
     budget: float,
+    max_load: float = Gates.max_load,
     progress: Callable[[Interval, int, int], None] = lambda interval, done, planned: None,
 ) -> tuple[Speed, Samples]:
     """Time both workers (each with an open session, both paused) for about `budget` seconds.
 
     The first quad warms both up and tells how many fit; it is not among the samples. `progress` is shown the interval
-    as it shrinks, and decides nothing.
+    as it shrinks, and decides nothing. Quads during which foreign work took more than `max_load` of the host are made
+    again, until as many are disturbed as were wanted: for at most twice the budget.
     """
     started, meter = time.monotonic(), NoiseMeter(baseline.pid, candidate.pid)
     _quad(baseline, candidate, len(cells))
     planned = int(min(max(budget / max(time.monotonic() - started, 1e-3) - 1, MIN_QUADS), MAX_QUADS))
-    raw: Samples = []
-    for done in range(1, planned + 1):
-        raw.append(_quad(baseline, candidate, len(cells)))
-        if done > 1:
-            progress(summarize(raw, cells).overall, done, planned)
-    return dataclasses.replace(summarize(raw, cells), noise=meter.read(_spread(raw))), raw
+    quiet: Samples = []
+    disturbed: Samples = []
+    while max(len(quiet), len(disturbed)) < planned:
+        during = NoiseMeter(baseline.pid, candidate.pid)
+        quad = _quad(baseline, candidate, len(cells))
+        (quiet if min(sum(during.shares()), 1.0) <= max_load else disturbed).append(quad)
+        if len(quiet) > 1:
+            progress(summarize(quiet, cells).overall, len(quiet), planned)
+    busy = len(quiet) < MIN_QUADS
+    raw = quiet + disturbed if busy else quiet
+    noise = meter.read(_spread(raw))
+    speed = dataclasses.replace(summarize(raw, cells), noise=noise, disturbed=len(disturbed), busy=busy)
+    return speed, raw
 
 
 def summarize(raw: Samples, cells: Sequence[Cell]) -> Speed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from optimize.pipeline.answers import (
     token_f1,
     word_answers,
 )
-from optimize.pipeline.contract import LabelKind
+from optimize.pipeline.contract import LabelKind, Labelling
 from optimize.pipeline.statistics import Interval
 
 CONFIDENCE = 0.95
@@ -72,31 +72,24 @@ class Metric:
 
 
 def task_metrics(
-    task: str,
-    batches: Batches,
-    reference: Sequence[Example],
-    candidate: Sequence[Example],
-    labels: Sequence[Any],
-    classes: Mapping[int, str] | None = None,
+    labelling: Labelling, batches: Batches, reference: Sequence[Example], candidate: Sequence[Example]
 ) -> tuple[Metric, ...]:
-    """The metrics of a task on its labelled examples.
+    """The metrics that such labels have.
 
     `batches` are what the examples were encoded to, with what turns outputs into answers; `reference` and `candidate`
-    the judged outputs of each example, `labels` as contract.LabelKind has them, `classes` the model's own names.
-    Raises KeyError or ValueError where these do not fit each other.
+    the judged outputs of each example. Raises KeyError or ValueError where these and the labels do not fit each other.
     """
-    from optimize.models.tasks import TASKS
-
-    labelled = TASKS[task].labelled
-    if labelled is None or not all(_is_label(each, labelled.kind) for each in labels):
-        raise ValueError(f"the labels are none of {task}")
-    if labelled.kind == LabelKind.CLASS:
-        return classification_metrics(reference, candidate, labels)
-    if labelled.kind == LabelKind.SCORE:
-        return similarity_metrics(reference, candidate, labels)
-    if labelled.kind == LabelKind.TAGS:
-        return tagging_metrics(batches, reference, candidate, labels, classes or {})
-    return answering_metrics(batches, reference, candidate, labels)
+    kind, labels = labelling.kind, labelling.labels
+    if not all(_is_label(each, kind) for each in labels):
+        raise ValueError(f"the labels are not all of kind {kind}")
+    if kind == LabelKind.CLASS:
+        return classification_metrics(reference, candidate, cast(Sequence[int], labels))
+    if kind == LabelKind.SCORE:
+        return similarity_metrics(reference, candidate, cast(Sequence[float], labels))
+    if kind == LabelKind.TAGS:
+        tags = cast(Sequence[Sequence[int]], labels)
+        return tagging_metrics(batches, reference, candidate, tags, labelling.classes or {})
+    return answering_metrics(batches, reference, candidate, cast(Sequence[Sequence[str]], labels))
 
 
 def classification_metrics(

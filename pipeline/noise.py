@@ -36,13 +36,17 @@ class NoiseMeter:
         self._load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         self._megahertz = _megahertz()
 
-    def read(self, spread: float) -> Noise:
-        """The noise since it was made; `spread` is what the raw samples tell."""
+    def shares(self) -> tuple[float, float]:
+        """What other processes used and what the hypervisor kept since it was made."""
         total, busy, stolen, ours = (now - then for now, then in zip(self._counters(), self._start, strict=True))
         total = max(total, 1e-9)
+        return max(busy - ours, 0.0) / total, stolen / total
+
+    def read(self, spread: float) -> Noise:
+        """The noise since it was made; `spread` is what the raw samples tell."""
         before, after = self._megahertz, _megahertz()
         clock = (before, after) if before is not None and after is not None else None
-        return Noise(max(busy - ours, 0.0) / total, stolen / total, self._load, clock, spread)
+        return Noise(*self.shares(), self._load, clock, spread)
 
     def _counters(self) -> tuple[float, float, float, float]:
         """Seconds since boot, over all processors: all, busy, stolen, and used by our processes."""

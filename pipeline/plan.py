@@ -84,7 +84,8 @@ class Plan:
             f"{self.target.memory / 2**30:.0f} GiB; {', '.join(self.target.features) or 'no vector extensions known'}",
             f"workload    {', '.join(map(str, self.workload))} (batch x tokens), measured for {self.budget:.0f} s",
             f"evaluation  {self.evaluation}",
-            f"gates       drop at most {gates.max_drop:g}, speedup above {gates.min_speedup:g}",
+            f"gates       drop at most {gates.max_drop:g}, speedup above {gates.min_speedup:g}, "
+            f"foreign load at most {gates.max_load:g}",
             f"memory      about {needed_memory(checkpoint.parameters) / 2**30:.1f} GiB for building",
             "",
         ]
@@ -123,6 +124,8 @@ def make_plan(
         raise RequestError(f"--max-drop {gates.max_drop:g} is not above 0 and at most 1")
     if not 0 < gates.min_speedup < 1000:
         raise RequestError(f"--min-speedup {gates.min_speedup:g} is not above 0 and below 1000")
+    if not 0 <= gates.max_load <= 1:
+        raise RequestError(f"--max-load {gates.max_load:g} is not between 0 and 1")
     source_key = checkpoint_key(checkpoint)
     planned: list[PlannedRecipe] = []
     left_out: list[LeftOut] = []

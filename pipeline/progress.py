@@ -6,6 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from optimize.pipeline.measure import Speed
 from optimize.pipeline.statistics import Interval
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Lines(Progress):
 
     def timed(self, candidate: Candidate) -> None:
         assert candidate.speed is not None
-        self._say(f"{candidate.name}: speedup {candidate.speed.overall} ({candidate.speed.quads} quads)")
+        self._say(f"{candidate.name}: speedup {candidate.speed.overall} ({_quads(candidate.speed)})")
 
     def problem(self, name: str, text: str) -> None:
         self._say(f"FAILED {name}: {text}")
@@ -118,6 +119,11 @@ class NoteHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._progress.note(record.getMessage())
+
+
+def _quads(speed: Speed) -> str:
+    again = f", {speed.disturbed} disturbed" if speed.disturbed else ""
+    return f"{speed.quads} quads{again}"
 
 
 def built_text(step: StepReport) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from optimize.pipeline.build import Builder
-from optimize.pipeline.contract import Artifact, Kind, Labels, Objective
+from optimize.pipeline.contract import Artifact, Kind, Labelling, Objective
 from optimize.pipeline.emit import emit
 from optimize.pipeline.errors import CheckpointError, OptimizeError, PassError, RequestError, WorkerError
 from optimize.pipeline.manifest import REPORT, SCHEMA_VERSION, Baseline, Evaluation, Report, host_of, source_of, to_json
@@ -35,8 +35,7 @@ class Texts:
     source: str
     evaluation: Sequence[Mapping[str, Any]]
     calibration: Sequence[Mapping[str, Any]]
-    labels: Labels | None
-    classes: dict[int, str] | None  # the model's own names, where labels are its classes
+    labelling: Labelling | None
     pooling: str | None
     top1: bool
 
@@ -104,7 +103,7 @@ class Run:
         plan, texts = self.plan, self.texts
         return Trial(
             self.folder, self.folder, plan.checkpoint.task, plan.target.cores, plan.workload, plan.gates,
-            texts.pooling, texts.top1, texts.labels, texts.classes, self.progress.tick,
+            texts.pooling, texts.top1, texts.labelling, self.progress.tick,
         )  # fmt: skip
 
     @property
@@ -122,7 +121,7 @@ class Run:
                 "prepare", limit=STEP_LIMIT, progress=self.progress.tick, folder=str(checkpoint.folder),
                 evaluation=list(texts.evaluation), calibration=list(texts.calibration),
                 cells=[(cell.batch, cell.sequence) for cell in self.plan.workload],
-                max_length=checkpoint.max_length, out=str(self.folder), labelled=texts.labels is not None,
+                max_length=checkpoint.max_length, out=str(self.folder), labelled=texts.labelling is not None,
             )  # fmt: skip
         except WorkerError as error:
             self._check_checkpoint()
@@ -283,7 +282,7 @@ class Run:
         self.progress.doing(candidate.name, "timing against the baseline")
         worker.pause()
         candidate.speed, self.samples[candidate.name] = compare(
-            baseline, worker, self.plan.workload, budget,
+            baseline, worker, self.plan.workload, budget, self.plan.gates.max_load,
             lambda interval, done, planned: self.progress.measured(candidate.name, interval, done, planned),
         )  # fmt: skip
         if candidate.status == Status.PASSED:
@@ -304,9 +303,7 @@ class Run:
             workload=plan.workload,
             gates=plan.gates,
             objective=self.objective,
-            evaluation=Evaluation(
-                texts.source, plan.calibration_digest, texts.pooling, texts.top1, texts.labels, texts.classes
-            ),
+            evaluation=Evaluation(texts.source, plan.calibration_digest, texts.pooling, texts.top1, texts.labelling),
             left_out=self.left_out,
             candidates=tuple(self.candidates),
             emitted=winner.name if winner is not None else None,

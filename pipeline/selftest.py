@@ -62,13 +62,18 @@ class SelfTest:
             ExitCode.INCONCLUSIVE: "not sound here and now: measure on a quieter host, or with a larger --budget",
         }[ExitCode(self.exit_code)]
         lines = [
-            f"A/A  equal work      {self.same.overall}  {difference(self.same.overall)}",
-            f"A/B  {EXTRA:.0%} more work   {self.heavier.overall}  {difference(self.heavier.overall)}",
+            f"A/A  equal work      {self.same.overall}  {found(self.same)}",
+            f"A/B  {EXTRA:.0%} more work   {self.heavier.overall}  {found(self.heavier)}",
             f"noise                {self.same.noise}",
         ]
         for seconds, smallest in self.resolves.items():
             lines.append(f"{seconds:4d} s for one candidate show differences from {smallest:.1%} up")
         return "\n".join([*lines, outcome])
+
+
+def found(speed: Speed) -> Difference:
+    """What a measurement says; on a busy host, nothing."""
+    return Difference.INCONCLUSIVE if speed.busy else difference(speed.overall)
 
 
 def self_test(seconds: float) -> SelfTest:
@@ -86,8 +91,8 @@ def self_test(seconds: float) -> SelfTest:
         quad_seconds = (time.monotonic() - start) / (same.quads + 1)
         slower, _ = compare(third, second, [Cell(1, 1)], seconds)
     spread = spread_of_quads(raw)
-    sound = difference(same.overall) not in (Difference.FASTER, Difference.SLOWER)
-    seen = difference(slower.overall) is Difference.FASTER
+    sound = found(same) not in (Difference.FASTER, Difference.SLOWER)
+    seen = found(slower) is Difference.FASTER
     code = ExitCode.EMITTED if sound and seen else ExitCode.INCONCLUSIVE
     resolves = {budget: math.expm1(resolution(spread, max(int(budget / quad_seconds), 2))) for budget in BUDGETS}
     return SelfTest(same, slower, quad_seconds, resolves, code)

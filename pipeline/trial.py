@@ -11,7 +11,7 @@ from typing import Any
 
 from optimize.pipeline.accuracy import Accuracy, compare_outputs, why_rejected, why_unsteady
 from optimize.pipeline.batches import load_batches
-from optimize.pipeline.contract import Cell, Gates, Kind, Labels
+from optimize.pipeline.contract import Cell, Gates, Kind, Labelling
 from optimize.pipeline.errors import WorkerError
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.metrics import task_metrics
@@ -42,8 +42,7 @@ class Trial:
     gates: Gates
     pooling: str | None
     top1: bool
-    labels: Labels | None
-    classes: Mapping[int, str] | None
+    labelling: Labelling | None
     tick: Callable[[], None] = lambda: None
 
     @classmethod
@@ -52,7 +51,7 @@ class Trial:
         evaluation = report.evaluation
         return cls(
             inputs, scratch, report.checkpoint.task, cores, report.workload, report.gates,
-            evaluation.pooling, evaluation.top1, evaluation.labels, evaluation.classes,
+            evaluation.pooling, evaluation.top1, evaluation.labelling,
         )  # fmt: skip
 
     def open(self, name: str, kind: Kind, path: Path) -> Opened:
@@ -97,9 +96,9 @@ class Trial:
             position += cell.batch
         expected = [*reference[TEXT], *reference[CELLS]]
         accuracy = compare_outputs(expected, [*evaluated, *celled], top1=self.top1, cells=rows)
-        if self.labels is not None:
+        if self.labelling is not None:
             batches = load_batches(self.inputs / f"{TEXT}.npz")
-            metrics = task_metrics(self.task, batches, reference[TEXT], evaluated, self.labels, self.classes)
+            metrics = task_metrics(self.labelling, batches, reference[TEXT], evaluated)
             accuracy = dataclasses.replace(accuracy, metrics=metrics)
         return accuracy, why_unsteady(repeat_error, expected) or why_rejected(accuracy, self.gates)
 

@@ -79,6 +79,9 @@ class Candidate:
 def judge_speed(speed: Speed, gates: Gates) -> tuple[Status, str | None]:
     """Whether an accurate candidate is faster than the gate demands, by its interval and not by its estimate."""
     interval, gate = speed.overall, gates.min_speedup
+    if speed.busy:
+        words = f"speedup {interval} was measured on a busy host, and holds for no other: {speed.noise}; measure again"
+        return Status.INCONCLUSIVE, f"{words} when it is quieter, or allow it with --max-load"
     if interval.low > gate:
         return Status.PASSED, None
     if interval.high < gate:

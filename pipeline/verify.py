@@ -106,7 +106,7 @@ def _speed(trial: Trial, manifest: Manifest, worker: object, budget: float) -> t
         return None, f"the checkpoint {manifest.report.checkpoint.model_id} is not on this host"
     with trial.open("baseline", Kind.CHECKPOINT, checkpoint).worker as baseline:
         baseline.pause()
-        speed, _ = compare(baseline, worker, trial.workload, budget)  # type: ignore[arg-type]
+        speed, _ = compare(baseline, worker, trial.workload, budget, trial.gates.max_load)  # type: ignore[arg-type]
     return speed, None
 
 

@@ -15,6 +15,8 @@ import pytest
 
 from optimize.models.examples import SHIPPED
 
+# options for tests of everything but speed: tests run side by side, and take each other for foreign load
+QUICK = ("--workload", "1x8,2x16", "--budget", "1s", "--min-speedup", "0.0001", "--max-load", "1")
 HEADER = """
 import os, signal, subprocess, sys, time
 from dataclasses import dataclass

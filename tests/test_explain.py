@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Cli, MakeCheckpoint, Outcome
+from tests.conftest import QUICK, Cli, MakeCheckpoint, Outcome
 
-QUICK = ("--workload", "1x8,2x16", "--budget", "10s", "--min-speedup", "0.0001")
 DAMAGE = """
 from optimize.models.loading import copy_carried, load_model
 from optimize.passes.export_onnx import ExportOnnx

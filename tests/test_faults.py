@@ -15,9 +15,8 @@ import psutil
 import pytest
 
 from optimize.pipeline.store import Damage, Store
-from tests.conftest import Cli, MakeCheckpoint
+from tests.conftest import QUICK, Cli, MakeCheckpoint
 
-QUICK = ("--workload", "1x8,2x16", "--budget", "10s", "--min-speedup", "0.0001")
 FAULTS = """
 @dataclass(frozen=True)
 class Fault(Base):
@@ -100,9 +99,9 @@ def test_nan_is_rejected_and_names_the_output(tiny: Path, cli: Cli, third_party:
 
 
 def test_the_speed_gate_has_its_own_codes(tiny: Path, cli: Cli, tmp_path: Path) -> None:
-    slow = cli(tiny, "--recipe", "checkpoint", *QUICK[:4], "--min-speedup", "50", "--out", tmp_path / "out")
+    slow = cli(tiny, "--recipe", "checkpoint", *QUICK, "--min-speedup", "50", "--out", tmp_path / "out")
     assert slow.code == 5, slow.output
-    same = cli(tiny, "--recipe", "checkpoint", *QUICK[:4], "--min-speedup", "1.0", "--out", tmp_path / "out")
+    same = cli(tiny, "--recipe", "checkpoint", *QUICK, "--min-speedup", "1.0", "--out", tmp_path / "out")
     assert same.code in (6, 5, 0)  # A/A: inconclusive, but for the share of runs that the interval allows
     assert same.report is not None
     interval = same.report["candidates"][0]["speed"]["overall"]
@@ -256,6 +255,20 @@ def test_a_hangup_ends_a_run_like_ctrl_c(tiny: Path, tmp_path: Path) -> None:
     output, _ = run.communicate(timeout=30)
     assert run.returncode == 130, output
     assert list(cache.glob("store/building/*")) == []
+
+
+def test_nothing_is_proved_on_a_busy_host(tiny: Path, cli: Cli, tmp_path: Path) -> None:
+    out, spin = tmp_path / "out", "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
+    hogs = [subprocess.Popen([sys.executable, "-c", spin, str(os.getpid())]) for _ in range(os.cpu_count() or 1)]
+    try:
+        outcome = cli(tiny, "--recipe", "export-onnx", *QUICK, "--max-load", "0.1", "--out", out)
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+    assert outcome.code == 6, outcome.output
+    assert "busy host" in outcome.output and "other processes took" in outcome.output and "--max-load" in outcome.output
+    assert not out.exists()
 
 
 def _start(model: Path, cache: Path, out: Path, recipe: str) -> subprocess.Popen[str]:

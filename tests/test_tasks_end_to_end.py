@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import Cli, MakeCheckpoint
+from tests.conftest import QUICK, Cli, MakeCheckpoint
 
-QUICK = ("--workload", "1x8,2x16", "--budget", "10s", "--min-speedup", "0.0001")
 CASES = [
     ("text-classification", "BertForSequenceClassification", "BertConfig", "export-onnx"),
     ("token-classification", "BertForTokenClassification", "BertConfig", "convert-openvino"),
@@ -91,7 +90,7 @@ def test_labels_give_an_accuracy_with_its_paired_drop(
     assert "cannot show a drop below" in outcome.output  # forty examples and a gate of 0.001
     assert 0 <= metric["reference"] <= 1
     assert metric["drop"]["value"] == pytest.approx(metric["reference"] - metric["candidate"])
-    assert outcome.report["evaluation"]["labels"] == [index % 2 for index in range(60) if index % 3 != 1]
+    assert outcome.report["evaluation"]["labelling"]["labels"] == [index % 2 for index in range(60) if index % 3 != 1]
 
 
 NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -133,20 +132,8 @@ def test_each_tasks_own_metrics_are_reported_and_verified(
     folder = make_checkpoint(architecture, **labels)
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text("\n".join(map(json.dumps, labelled_rows(task))))
-    given = (
-        "--task",
-        task,
-        "--data",
-        data,
-        "--recipe",
-        "convert-openvino",
-        "--max-drop",
-        "0.01",
-        *QUICK,
-        "--workload",
-        "1x8",
-    )
-    outcome = cli(folder, *given, "--out", out)
+    given = ("--task", task, "--data", data, "--recipe", "convert-openvino", "--max-drop", "0.01")
+    outcome = cli(folder, *given, *QUICK, "--workload", "1x8", "--out", out)
     assert outcome.code == 0, outcome.output
     assert outcome.report is not None
     found = outcome.report["candidates"][0]["accuracy"]["metrics"]
@@ -154,13 +141,13 @@ def test_each_tasks_own_metrics_are_reported_and_verified(
     for metric in found:
         assert metric["drop"]["value"] == pytest.approx(metric["reference"] - metric["candidate"])
         assert metric["name"] + f" {metric['candidate']:.4f}" in outcome.output
-    evaluation = outcome.report["evaluation"]
-    assert len(evaluation["labels"]) == 40
-    assert (evaluation["classes"] is not None) is named
+    labelling = outcome.report["evaluation"]["labelling"]
+    assert len(labelling["labels"]) == 40
+    assert (labelling["classes"] is not None) is named
     if named:
         assert found[1]["examples"] == 40 * 9 and 0.05 < found[1]["reference"] < 0.5, "chance, but not none"
     shutil.rmtree(folder)  # what it came from is not needed to judge it again
-    verified = cli("verify", out, "--budget", "10s")
+    verified = cli("verify", out, "--budget", "1s")
     assert verified.code == 0, verified.output
     assert verified.report is not None and verified.report["accuracy"]["metrics"] == found
     assert all(name in verified.output for name in metrics)

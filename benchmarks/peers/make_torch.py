@@ -3,7 +3,6 @@
 from record import Made, Recorder
 
 BF16, COMPILE, FREEZING = {"dtype": "bfloat16"}, {"compile": {}}, {"freezing": True}
-AUTOTUNE = {"compile": {"mode": "max-autotune"}}
 
 # name: options of the server, the same in words. The first is the baseline of all ratios; the second is its double,
 # which must come out at 1
@@ -13,10 +12,6 @@ VARIANTS = {
     "eager-bf16": (BF16, "from_pretrained(dtype=bfloat16)"),
     "compile-f32": (COMPILE, "torch.compile(model)"),
     "compile-f32-freezing": (COMPILE | FREEZING, "torch.compile(model), TORCHINDUCTOR_FREEZING=1"),
-    "compile-f32-autotune": (
-        AUTOTUNE | FREEZING,
-        "torch.compile(model, mode='max-autotune'), TORCHINDUCTOR_FREEZING=1",
-    ),
     "compile-bf16": (BF16 | COMPILE, "bfloat16, torch.compile(model)"),
     "compile-bf16-freezing": (BF16 | COMPILE | FREEZING, "bfloat16, torch.compile(model), TORCHINDUCTOR_FREEZING=1"),
 }

@@ -62,6 +62,5 @@ def _is_real_array(node: Any) -> bool:
 
 
 def open_session(path: Path, task: str, cores: int) -> OpenvinoSession:
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": cores}
-    options |= json.loads((path / RUNTIME_OPTIONS).read_text())
+    options = {"INFERENCE_NUM_THREADS": cores} | json.loads((path / RUNTIME_OPTIONS).read_text())
     return OpenvinoSession(openvino.Core().compile_model(path / IR, "CPU", options))

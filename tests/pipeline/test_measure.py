@@ -1,13 +1,17 @@
 """What raw samples amount to: the known ratio, whatever drifts and outliers lie on top of it."""
 
+import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
+from optimize.pipeline import measure
 from optimize.pipeline.contract import Cell
-from optimize.pipeline.measure import Samples, percentiles, spread_of_quads, summarize
+from optimize.pipeline.measure import MIN_QUADS, Samples, Speed, compare, percentiles, spread_of_quads, summarize
+from optimize.pipeline.noise import Noise, NoiseMeter
 
 CELLS = (Cell(1, 32), Cell(8, 128))
 BASELINE = (0.010, 0.200)  # seconds of one call of each cell
@@ -117,3 +121,62 @@ def test_percentiles_are_stated_only_with_ten_calls_beyond(calls: int, stated: l
 def test_the_spread_of_quads_is_what_the_interval_is_made_of() -> None:
     raw = samples((2.0, 2.0), quads=3, factor=lambda quad, block, call: (1.0, 1.1, 1.21)[quad] if block == 0 else 1.0)
     assert spread_of_quads(raw) == pytest.approx(math.log(1.1) / 2)
+
+
+class StubProcess:
+    """Stands for a worker where nobody talks to it."""
+
+    pid = 0
+
+
+@pytest.fixture
+def compare_under(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Speed, Samples]]:
+    """Compare for less than a second, where each quad meets the next of these foreign loads, and takes that much longer
+    on the candidate's side.
+    """
+
+    def of(loads: Sequence[float], max_load: float) -> tuple[Speed, Samples]:
+        endless, current = itertools.cycle(loads), [0.0]
+
+        class Meter(NoiseMeter):
+            def __init__(self, *pids: int) -> None:
+                pass
+
+            def shares(self) -> tuple[float, float]:
+                return current[0], 0.0
+
+            def read(self, spread: float) -> Noise:
+                return Noise(current[0], 0.0, 0.0, None, spread)
+
+        def quad(*given: Any) -> list[list[list[float]]]:
+            current[0] = next(endless)
+            return [[[0.01]], [[0.01 + current[0]]], [[0.01 + current[0]]], [[0.01]]]
+
+        monkeypatch.setattr(measure, "NoiseMeter", Meter)
+        monkeypatch.setattr(measure, "_quad", quad)
+        stub: Any = StubProcess()
+        return compare(stub, stub, [Cell(1, 8)], 0.0, max_load)
+
+    return of
+
+
+def test_disturbed_quads_are_made_again(compare_under: Callable[..., tuple[Speed, Samples]]) -> None:
+    speed, raw = compare_under([0.0, 0.0, 0.5], 0.2)
+    assert (speed.quads, speed.busy) == (MIN_QUADS, False)
+    assert speed.disturbed == MIN_QUADS // 2
+    assert (speed.overall.low, speed.overall.high) == pytest.approx((1.0, 1.0)), "they are not among the samples"
+    assert len(raw) == MIN_QUADS
+
+
+def test_where_hardly_a_quad_is_undisturbed_the_host_is_busy(
+    compare_under: Callable[..., tuple[Speed, Samples]],
+) -> None:
+    speed, raw = compare_under([0.5, 0.5, 0.0], 0.2)
+    assert speed.busy
+    assert speed.disturbed == MIN_QUADS
+    assert speed.quads == len(raw) > MIN_QUADS, "all of them are shown"
+
+
+def test_load_that_is_allowed_does_not_disturb(compare_under: Callable[..., tuple[Speed, Samples]]) -> None:
+    speed, _ = compare_under([0.5, 0.5, 1.5], 1.0)  # counters are coarse, and may add up to more than there is
+    assert (speed.quads, speed.disturbed, speed.busy) == (MIN_QUADS, 0, False)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from optimize.pipeline.answers import CONTEXT, OFFSETS, WORDS
+from optimize.pipeline.contract import LabelKind, Labelling
 from optimize.pipeline.metrics import (
     Metric,
     answering_metrics,
@@ -243,22 +244,22 @@ def test_no_answer_is_right_where_there_is_none() -> None:
 # By task
 
 
-def test_each_task_has_its_metrics() -> None:
-    def names(task: str, *given: Any) -> list[str]:
-        return [metric.name for metric in task_metrics(task, *given)]
+def test_each_kind_of_label_has_its_metrics() -> None:
+    def names(kind: LabelKind, labels: Any, *given: Any) -> list[str]:
+        return [metric.name for metric in task_metrics(Labelling(kind, labels, NAMES), *given)]
 
     tags, asked = tagged([[0, 1]]), spans([(0, 0)])
-    assert names("text-classification", [], answers(TRUTH), answers(TRUTH), TRUTH) == ["accuracy", "macro F1"]
-    assert names("sentence-similarity", [], pairs(COSINES), pairs(COSINES), COSINES) == ["Pearson", "Spearman"]
-    assert names("token-classification", [sentence(2)], tags, tags, [(0, 1)], NAMES) == ["entity F1", "token accuracy"]
-    assert names("question-answering", questions(1), asked, asked, [("one",)]) == ["exact match", "token F1"]
+    assert names(LabelKind.CLASS, TRUTH, [], answers(TRUTH), answers(TRUTH)) == ["accuracy", "macro F1"]
+    assert names(LabelKind.SCORE, COSINES, [], pairs(COSINES), pairs(COSINES)) == ["Pearson", "Spearman"]
+    assert names(LabelKind.TAGS, [(0, 1)], [sentence(2)], tags, tags) == ["entity F1", "token accuracy"]
+    assert names(LabelKind.ANSWERS, [("one",)], questions(1), asked, asked) == ["exact match", "token F1"]
 
 
 @pytest.mark.parametrize(
-    ("task", "labels"),
-    [("fill-mask", (0, 1)), ("text-classification", (0.5,)), ("token-classification", (1, 2)),
-     ("question-answering", ((1,), (2,))), ("sentence-similarity", (("a",),))],
+    ("kind", "labels"),
+    [(LabelKind.CLASS, (0.5,)), (LabelKind.TAGS, (1, 2)), (LabelKind.ANSWERS, ((1,), (2,))),
+     (LabelKind.SCORE, (("a",),))],
 )  # fmt: skip
-def test_labels_of_another_task_are_refused(task: str, labels: Any) -> None:
-    with pytest.raises(ValueError, match=f"the labels are none of {task}"):
-        task_metrics(task, [], [], [], labels)
+def test_labels_of_another_kind_are_refused(kind: LabelKind, labels: Any) -> None:
+    with pytest.raises(ValueError, match=f"the labels are not all of kind {kind}"):
+        task_metrics(Labelling(kind, labels), [], [], [])

@@ -241,6 +241,9 @@ def test_a_plan_of_nothing_or_of_the_same_twice_is_refused(
         (Gates(min_speedup=1000), "--min-speedup"),
         (Gates(min_speedup=float("nan")), "--min-speedup nan"),
         (Gates(min_speedup=float("inf")), "--min-speedup inf"),
+        (Gates(max_load=-0.1), "--max-load"),
+        (Gates(max_load=1.1), "--max-load"),
+        (Gates(max_load=float("nan")), "--max-load nan"),
     ],
 )
 def test_gates_that_mean_nothing_are_refused(
@@ -251,7 +254,7 @@ def test_gates_that_mean_nothing_are_refused(
 
 
 def test_gates_at_their_ends_are_taken(checkpoint: Checkpoint, target: Target, versions: dict[str, str]) -> None:
-    gates = Gates(max_drop=1.0, min_speedup=0.5)
+    gates = Gates(max_drop=1.0, min_speedup=0.5, max_load=0)
     assert make_plan(checkpoint, target, [parse("checkpoint")], gates=gates).gates == gates
 
 

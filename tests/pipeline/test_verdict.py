@@ -8,6 +8,7 @@ import pytest
 from optimize.pipeline.contract import Cell, Gates, Kind, Objective
 from optimize.pipeline.errors import ExitCode
 from optimize.pipeline.measure import CellSpeed, Speed
+from optimize.pipeline.noise import Noise
 from optimize.pipeline.statistics import Interval
 from optimize.pipeline.verdict import Candidate, Status, StepReport, choose, judge_speed, pareto
 
@@ -54,6 +55,16 @@ def test_the_reason_tells_the_interval_and_the_gate() -> None:
     _, reason = judge_speed(speed(1.0, 1.1, 1.2), gates)
     assert reason is not None
     assert reason.startswith("speedup 1.10 [1.00, 1.20] may be on either side of the gate of 1.05; about 4 times")
+
+
+@pytest.mark.parametrize("low", [0.5, 1.04, 2.0])
+def test_on_a_busy_host_no_interval_decides(low: float) -> None:
+    noise = Noise(others=0.62, stolen=0.0, load=3.0, megahertz=None, spread=0.9)
+    busy = dataclasses.replace(speed(low, 1.5 * low, 2 * low), noise=noise, busy=True)
+    status, reason = judge_speed(busy, Gates(min_speedup=1.05))
+    assert status is Status.INCONCLUSIVE
+    assert reason is not None
+    assert "busy host" in reason and "other processes took 62%" in reason and "--max-load" in reason
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(("sure", "high", "slow"))))
