@@ -215,7 +215,7 @@ def test_another_major_version_is_refused(
 def test_another_major_version_with_other_fields_is_refused_as_that(
     document: dict[str, Any], read: Callable[[object], Manifest]
 ) -> None:
-    with pytest.raises(ArtifactError, match=r"has schema version 2\.0"):
+    with pytest.raises(ArtifactError, match=r"has schema version 3\.0"):
         read(without(document, ("accuracy",)) | {"schema_version": "3.0", "proofs": []})
 
 
