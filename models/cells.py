@@ -37,6 +37,7 @@ def _list(value: object, column: str, where: str) -> list[Any]:
     )
 
 
+LARGEST_SCORE = 1e100  # squares of larger ones are no numbers any more
 READERS = {"tokens": _words}  # of the columns that are not text
 
 
@@ -76,9 +77,9 @@ def _class(value: object, column: str, where: str, id2label: Mapping[int, str]) 
 def _score(value: object, column: str, where: str) -> float:
     try:
         score = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
-    if math.isfinite(score):
+    if abs(score) < LARGEST_SCORE:
         return score
     raise RequestError(
         f"{where}: {column} {value!r} is not a number", hint="give every pair one, or leave out the column"

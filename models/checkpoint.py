@@ -99,10 +99,13 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 def id2label(folder: Path) -> dict[int, str]:
     """The classes of a classifier, from its config; transformers' LABEL_0, LABEL_1 where it names none."""
     config = read_config(folder)
-    named: Mapping[str, str] = config.get("id2label") or {}
-    if named:
-        return {int(index): name for index, name in named.items()}
-    return {index: f"LABEL_{index}" for index in range(int(config.get("num_labels", 2)))}
+    named = config.get("id2label") or {}
+    try:
+        if named:
+            return {int(index): str(name) for index, name in named.items()}
+        return {index: f"LABEL_{index}" for index in range(int(config.get("num_labels", 2)))}
+    except (AttributeError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: id2label or num_labels is not what it should be: {error}") from None
 
 
 def max_length(folder: Path, config: Mapping[str, Any]) -> int:

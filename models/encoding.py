@@ -94,7 +94,7 @@ def encode_cells(folder: Path, rows: Sequence[Row], cells: Iterable[tuple[int, i
         lines = []
         for index in range(batch):
             turned = texts[index * 7 % len(texts) :] + texts[: index * 7 % len(texts)]
-            words = " ".join(turned)
+            words = " ".join(turned)[: 32 * sequence]  # more than any tokenizer makes that many tokens of
             lines.append(" ".join([words] * max(1, math.ceil(4 * sequence / max(1, len(words.split()))))))
         encoded = tokenizer(lines, truncation=True, max_length=sequence, padding="max_length", return_tensors="np")
         batches.append({name: np.asarray(array, dtype=np.int64) for name, array in encoded.items()})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from optimize.pipeline.errors import RequestError
 SHIPPED = Path(__file__).parent / "data" / "text.jsonl"
 MAX_CALIBRATION = 128  # examples
 MAX_EVALUATION = 1024
+MAX_LABELLED = 4500  # as many as resolve the default gate where no answer changes
 MIN_EVALUATION = 8
 ALIASES = {"text": ("text", "sentence", "sentence1"), "text_pair": ("text_pair", "sentence2")}
 
@@ -83,15 +85,18 @@ def read_examples(data: str | None, task: Task, id2label: Mapping[int, str] | No
 
 def _split(kept: Sequence[tuple[Row, Any]], labelled: Labelled | None) -> tuple[list[tuple[Row, Any]], list[Row]]:
     """Rows with labels to evaluate, and inputs to calibrate with: every third row's, but none that is evaluated."""
-    calibrating = {index for index in range(len(kept)) if index % 3 == 1}
-    while len(calibrating) > MAX_CALIBRATION:
-        calibrating.discard(max(calibrating))
+    calibrating = set(_some(range(1, len(kept), 3), MAX_CALIBRATION))
     inputs_of_a_row = len(labelled.columns) if labelled and labelled.apart else 1
-    evaluation = [pair for index, pair in enumerate(kept) if index not in calibrating]
-    evaluation = evaluation[: MAX_EVALUATION // inputs_of_a_row]
+    most = (MAX_LABELLED if labelled else MAX_EVALUATION) // inputs_of_a_row
+    evaluation = [kept[index] for index in _some([each for each in range(len(kept)) if each not in calibrating], most)]
     judged = {_identity(row) for row in _inputs([texts for texts, _ in evaluation], labelled)}
     others = {_identity(row): row for row in _inputs([kept[index][0] for index in sorted(calibrating)], labelled)}
     return evaluation, [row for identity, row in others.items() if identity not in judged][:MAX_CALIBRATION]
+
+
+def _some(indices: Sequence[int], most: int) -> list[int]:
+    """Not the first ones: a file may be sorted by class, or by length. The same ones every time."""
+    return list(indices) if len(indices) <= most else sorted(random.Random(0).sample(indices, most))
 
 
 def _shipped(task: Task) -> list[Row]:

@@ -28,7 +28,9 @@ def read_rows(data: str) -> list[Row]:
 
             table = pyarrow.parquet.read_table(path)
             described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-            rows = _tags_by_name(table.to_pylist(), described.get("info", {}).get("features", {}))
+            info = described.get("info") if isinstance(described, dict) else None
+            features = info.get("features") if isinstance(info, dict) else None
+            rows = _classes_by_name(table.to_pylist(), features if isinstance(features, dict) else {})
         elif path.suffix in (".jsonl", ".json", ".csv", ".parquet") or path.exists():
             state = "is not there" if not path.exists() else "is none of .jsonl, .csv, .parquet"
             raise RequestError(f"--data {data} {state}", hint="give a file, or the id of a dataset on the hub")
@@ -36,7 +38,7 @@ def read_rows(data: str) -> list[Row]:
             rows = _hub_dataset(data)
     except UnicodeDecodeError as error:
         raise RequestError(f"--data {data} is not UTF-8: {error}", hint="save it as UTF-8") from error
-    except (OSError, ValueError, csv.Error) as error:  # ArrowInvalid is a ValueError
+    except (OSError, ValueError, NotImplementedError, csv.Error) as error:  # of which Arrow's errors are
         raise RequestError(f"--data {data} cannot be read: {error}") from error
     if not rows:
         raise RequestError(f"--data {data} has no rows")
@@ -82,7 +84,7 @@ def _hub_dataset(data: str) -> list[Row]:
     name, _, split = data.partition(":")
     try:
         loaded = datasets.load_dataset(name, split=split or "test", streaming=False)
-        return _tags_by_name(list(loaded), loaded.features.to_dict())
+        return _classes_by_name(list(loaded), loaded.features.to_dict())
     except Exception as error:  # the library raises a dozen unrelated types for what is one thing to the user
         raise RequestError(
             f"--data {data}: no such file, and not a dataset that can be loaded: {type(error).__name__}: {error}",
@@ -90,24 +92,21 @@ def _hub_dataset(data: str) -> list[Row]:
         ) from error
 
 
-def _tags_by_name(rows: list[Row], features: Mapping[str, Any]) -> list[Row]:
-    """Rows with the names of lists of classes in place of their indices, where the data set names them.
+def _classes_by_name(rows: list[Row], features: Mapping[str, Any]) -> list[Row]:
+    """Rows with the names of classes, and of lists of them, in place of their indices, where the data set names them.
 
     The indices are the data set's own: the model's classes may stand in another order. `features` is how the datasets
     library describes columns.
     """
-    named = {
-        column: feature["feature"]["names"]
-        for column, feature in features.items()
-        if isinstance(feature, dict) and isinstance(feature.get("feature"), dict) and "names" in feature["feature"]
-    }
-    if not named:
-        return rows
+    named: dict[str, Sequence[str]] = {}
+    for column, feature in features.items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else None
+        if isinstance(inner, dict) and "names" in inner:
+            named[column] = inner["names"]
 
     def name(tag: Any, names: Sequence[str]) -> Any:
+        if isinstance(tag, list) and names:
+            return [name(each, names) for each in tag]
         return names[tag] if isinstance(tag, int) and 0 <= tag < len(names) else tag
 
-    return [
-        {**row, **{column: [name(tag, names) for tag in row[column] or ()] for column, names in named.items()}}
-        for row in rows
-    ]
+    return [{column: name(value, named.get(column, ())) for column, value in row.items()} for row in rows]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimize.pipeline.answers import kept_positions
-from optimize.pipeline.contract import LabelKind
+from optimize.pipeline.contract import LabelKind, Meaning
 from optimize.pipeline.errors import CheckpointError
 
 BATCH, SEQUENCE, FEATURES = "batch", "sequence", "features"
@@ -41,7 +41,7 @@ class Task:
     columns: tuple[str, ...]  # the columns that --data must have
     outputs: Mapping[str, tuple[str, ...]]
     output_class: str  # of transformers.modeling_outputs
-    top1: bool = False  # whether the largest element of an output is an answer
+    meaning: Meaning = Meaning.VECTOR  # of the outputs; a classifier's config may say otherwise: see output_meaning
     labelled: Labelled | None = None  # what the task's own metrics are computed on
 
 
@@ -61,19 +61,23 @@ TASKS = {
         ),
         Task(
             "text-classification", "AutoModelForSequenceClassification", ("ForSequenceClassification",), ("text",),
-            {"logits": (BATCH, FEATURES)}, "SequenceClassifierOutput", top1=True,
+            {"logits": (BATCH, FEATURES)}, "SequenceClassifierOutput", meaning=Meaning.CHOICE,
             labelled=Labelled(LabelKind.CLASS, ("text",), ("label",)),
         ),
         Task(
             "token-classification", "AutoModelForTokenClassification", ("ForTokenClassification",), ("text",),
-            PER_TOKEN, "TokenClassifierOutput", top1=True,
+            PER_TOKEN, "TokenClassifierOutput", meaning=Meaning.CHOICE,
             labelled=Labelled(LabelKind.TAGS, ("tokens",), ("tags", "ner_tags", "labels")),
         ),
-        Task("fill-mask", "AutoModelForMaskedLM", ("ForMaskedLM",), ("text",), PER_TOKEN, "MaskedLMOutput", top1=True),
+        Task(
+            "fill-mask", "AutoModelForMaskedLM", ("ForMaskedLM",), ("text",), PER_TOKEN, "MaskedLMOutput",
+            meaning=Meaning.CHOICE,
+        ),
         Task(
             "question-answering", "AutoModelForQuestionAnswering", ("ForQuestionAnswering",), ("question", "context"),
             {"start_logits": (BATCH, SEQUENCE), "end_logits": (BATCH, SEQUENCE)}, "QuestionAnsweringModelOutput",
-            top1=True, labelled=Labelled(LabelKind.ANSWERS, ("question", "context"), ("answers", "answer")),
+            meaning=Meaning.CHOICE,
+            labelled=Labelled(LabelKind.ANSWERS, ("question", "context"), ("answers", "answer")),
         ),
     )
 }  # fmt: skip
@@ -124,6 +128,19 @@ def sentence_pooling(folder: Path) -> str:
             hint="give --task feature-extraction to judge token embeddings instead",
         )
     return str(mode)
+
+
+def output_meaning(task: Task, config: Mapping[str, Any]) -> Meaning:
+    """What a checkpoint's outputs are, as transformers' own pipeline takes them.
+
+    Source: https://huggingface.co/docs/transformers (TextClassificationPipeline, problem_type)
+    """
+    if task.labelled is None or task.labelled.kind != LabelKind.CLASS:
+        return task.meaning
+    kind, classes = config.get("problem_type"), len(config.get("id2label") or (0, 1))
+    if kind == "regression" or (kind is None and classes == 1) or config.get("num_labels") == 1:
+        return Meaning.NUMBERS
+    return Meaning.FLAGS if kind == "multi_label_classification" else task.meaning
 
 
 def judged_outputs(

@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optimize.pipeline.errors import RequestError
+
 SAMPLES = 16  # calibration texts that products are ranked on
+
+
+def check_options(name: str, *, samples: int, keep: int, ranks: bool = True) -> None:
+    """Raise RequestError for numbers that the pass `name` cannot do with; `ranks`: whether it can keep products."""
+    if samples < 1:
+        raise RequestError(f"{name}: samples={samples} is not at least 1")
+    if keep < 0 or (keep and not ranks):
+        raise RequestError(f"{name}: keep={keep} is {'not at least 0' if keep < 0 else 'for mode=static alone'}")
 
 
 def noisiest(names: Sequence[str], runs: Iterable[Sequence[NDArray[Any]]], count: int) -> list[str]:

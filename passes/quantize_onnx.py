@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from optimize.passes._sensitivity import SAMPLES, noisiest
+from optimize.passes._sensitivity import SAMPLES, check_options, noisiest
 from optimize.pipeline.batches import Encoded, load_batches
 from optimize.pipeline.contract import Artifact, Context, Kind, Pass
 
@@ -30,6 +30,9 @@ class QuantizeOnnx(Pass):
     per_channel: bool = True
     samples: int = 64
     keep: int = 0
+
+    def __post_init__(self) -> None:
+        check_options(self.name, samples=self.samples, keep=self.keep)
 
     @property
     def calibrated(self) -> bool:

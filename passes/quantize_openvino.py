@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from optimize.passes._sensitivity import SAMPLES, noisiest
+from optimize.passes._sensitivity import SAMPLES, check_options, noisiest
 from optimize.passes.convert_openvino import IR, write_runtime_options
 from optimize.pipeline.batches import Encoded, load_batches
 from optimize.pipeline.contract import Artifact, Context, Kind, Pass
@@ -36,6 +36,9 @@ class QuantizeOpenvino(Pass):
     mode: Literal["static", "weights"] = "static"
     samples: int = 128
     keep: int = 0
+
+    def __post_init__(self) -> None:
+        check_options(self.name, samples=self.samples, keep=self.keep, ranks=self.mode == "static")
 
     @property
     def calibrated(self) -> bool:

@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimize.pipeline.answers import Example
-from optimize.pipeline.contract import Cell, Gates
+from optimize.pipeline.contract import Cell, Gates, Meaning
+from optimize.pipeline.errors import OutputError
 from optimize.pipeline.metrics import Metric
 from optimize.pipeline.statistics import Interval, mean_interval
 
 TAIL = 10  # no single example may drop by more than this many times the gate; answers may differ as often
+ANSWERS = (Meaning.CHOICE, Meaning.FLAGS)
 REPEAT_TOLERANCE = 1e-3  # of the output's largest magnitude, between two runs of one batch
 
 
@@ -23,44 +25,54 @@ REPEAT_TOLERANCE = 1e-3  # of the output's largest magnitude, between two runs o
 class Accuracy:
     """What was found. `drop` is 1 - cosine, averaged over an example's positions and then over examples.
 
-    Where the largest element is an answer, outputs are compared as probabilities, and so are the errors.
+    Where logits are answers, outputs are compared as probabilities, and so are the errors. Of numbers, errors are
+    relative to their spread over the examples, and the drop is half an error's square.
     """
 
     drop: Interval
     worst_drop: float
     relative_error: float  # of the worst example: |candidate - reference| / |reference|
     max_error: float  # largest absolute difference of one element
-    top1: float | None  # share of answers (largest element) that are the reference's
+    top1: float | None  # share of answers that are the reference's; None where outputs are none
     cells: Mapping[str, float]  # drop on each cell of the workload
     examples: int
     metrics: tuple[Metric, ...] = ()  # the task's own, on labelled data
 
 
 def compare_outputs(
-    reference: Sequence[Example], candidate: Sequence[Example], *, top1: bool, cells: Mapping[Cell, Sequence[int]]
+    reference: Sequence[Example],
+    candidate: Sequence[Example],
+    *,
+    meaning: Meaning,
+    cells: Mapping[Cell, Sequence[int]],
 ) -> Accuracy:
-    """Compare examples pairwise: as they are, or where the largest element is an answer (`top1`) as probabilities.
+    """Compare examples pairwise, by what their outputs mean.
 
     `cells` says which of the examples (by index) are a cell's; the others are text.
-    Raises ValueError when shapes differ: then nothing can be compared.
+    Raises OutputError when shapes differ: then nothing can be compared.
     """
     if len(reference) != len(candidate):
-        raise ValueError(f"{len(candidate)} examples came back, not {len(reference)}")
+        raise OutputError(f"{len(candidate)} examples came back, not {len(reference)}")
+    scales = _scales(reference) if meaning is Meaning.NUMBERS else {}
     drops, errors, largest, agreements = [], [], 0.0, []
     for ours, theirs in zip(candidate, reference, strict=True):
-        cosines, relative, same = [], [], []
+        lost, relative, same = [], [], []
         for name, expected in theirs.items():
             found = ours[name]
             if found.shape != expected.shape:
-                raise ValueError(f"{name} has shape {list(found.shape)}, the reference {list(expected.shape)}")
-            same.append(float(np.mean(found.argmax(axis=-1) == expected.argmax(axis=-1))))
-            if top1:
-                found, expected = probabilities(found), probabilities(expected)
-            cosines.append(cosine(found, expected))
+                raise OutputError(f"{name} has shape {list(found.shape)}, the reference {list(expected.shape)}")
+            same.append(_same_answers(found, expected, meaning))
+            found, expected = as_compared(found, meaning), as_compared(expected, meaning)
             difference = np.abs(found - expected)
             largest = max(largest, float(difference.max(initial=0)))
-            relative.append(float(np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-12)))
-        drops.append(1 - float(np.mean(cosines)))
+            if meaning is Meaning.NUMBERS:
+                error = math.sqrt(float(np.mean(np.square(difference / scales[name]))))
+                lost.append(error**2 / 2)  # as 1 - cosine is of a small error
+            else:
+                error = float(np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-12))
+                lost.append(1 - cosine(found, expected))
+            relative.append(error)
+        drops.append(float(np.mean(lost)))
         errors.append(max(relative))
         agreements.append(float(np.mean(same)))
     in_cells = {index for indices in cells.values() for index in indices}
@@ -70,22 +82,41 @@ def compare_outputs(
         worst_drop=max(drops),
         relative_error=max(errors),
         max_error=largest,
-        top1=float(np.mean([agreements[index] for index in text])) if top1 else None,
+        top1=float(np.mean([agreements[index] for index in text])) if meaning in ANSWERS else None,
         cells={str(cell): float(np.mean([drops[index] for index in indices])) for cell, indices in cells.items()},
         examples=len(text),
     )
 
 
-def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """What logits stand for: softmax over the last axis; of a single one, as rerankers have, sigmoid and its rest.
+def as_compared(output: NDArray[Any], meaning: Meaning) -> NDArray[np.float64]:
+    """An output as what is compared: for a choice softmax, for flags each one's sigmoid and its rest.
 
-    Two logits that nearly cancel, as a two-class head's do where it is unsure, point anywhere.
+    Not logits: two that nearly cancel, as a two-class head's do where it is unsure, point anywhere.
     """
-    wide = logits.astype(np.float64)
-    if wide.shape[-1] == 1:
-        wide = np.concatenate([wide, np.zeros_like(wide)], axis=-1)
-    shifted = np.exp(wide - wide.max(axis=-1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+    wide = output.astype(np.float64)
+    if meaning is Meaning.FLAGS:
+        yes = 1 / (1 + np.exp(-np.clip(wide, -700, 700)))
+        return np.concatenate([yes, 1 - yes], axis=-1)
+    if meaning is Meaning.CHOICE:
+        shifted = np.exp(wide - wide.max(axis=-1, keepdims=True))
+        return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+    return wide
+
+
+def _same_answers(found: NDArray[Any], expected: NDArray[Any], meaning: Meaning) -> float:
+    """The share of positions with the same answer."""
+    if meaning is Meaning.FLAGS:
+        return float(np.mean(((found > 0) == (expected > 0)).all(axis=-1)))
+    return float(np.mean(found.argmax(axis=-1) == expected.argmax(axis=-1)))
+
+
+def _scales(reference: Sequence[Example]) -> dict[str, NDArray[np.float64]]:
+    """How far each number of an output spreads over the examples: what an error is held against."""
+    stacked = {name: np.concatenate([each[name].astype(np.float64) for each in reference]) for name in reference[0]}
+    return {
+        name: np.maximum(rows.std(axis=0), 1e-6 * max(float(np.abs(rows).max()), 1e-300))
+        for name, rows in stacked.items()
+    }
 
 
 def why_rejected(accuracy: Accuracy, gates: Gates) -> str | None:

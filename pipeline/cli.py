@@ -35,7 +35,7 @@ def main_group() -> None:
 @click.option("--task", help="What the checkpoint is for. [default: inferred from it]")
 @click.option("--data", metavar="FILE", help="Your own text: .jsonl, .csv, .parquet, or NAME:SPLIT on the hub.")
 @click.option("--out", type=click.Path(path_type=Path), help="The emitted folder. [default: ./MODEL-TARGET]")
-@click.option("--recipe", "recipes", multiple=True, metavar="TEXT", help="Only this recipe; may be given repeatedly.")
+@click.option("--recipe", "recipes", multiple=True, metavar="NAME|TEXT", help="Only this recipe; may be repeated.")
 @click.option("--max-drop", type=float, default=0.001, show_default=True, help="What may be lost of fidelity.")
 @click.option("--min-speedup", type=float, default=1.05, show_default=True, help="What the speedup must be above.")
 @click.option(
@@ -52,7 +52,9 @@ def main_group() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report here too.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Store and runs. [default: $OPTIMIZE_CACHE or ~/.cache]")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="Store, runs. [default: $OPTIMIZE_CACHE, ~/.cache/optimize]"
+)
 @click.option("--verbose", is_flag=True, help="Say more of what goes on.")
 def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **options: Any) -> int:
     """Lower MODEL (a local folder, or a hub id with an optional @revision) and emit what passes the gates."""
@@ -64,7 +66,8 @@ def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **opti
     logging.getLogger("optimize").setLevel(logging.DEBUG if verbose else logging.WARNING)
     with terminal.errors_to(json_file):
         if not dry_run:
-            terminal.check_writable(json_file)
+            read = [Path(each) for each in (options["model"], options["data"]) if each]
+            terminal.check_writable(json_file, *read)
         planned = Request(**options).plan()
         if dry_run:
             console.print(planned.plan.describe(planned.store), markup=False, highlight=False, soft_wrap=True)
@@ -80,15 +83,18 @@ def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **opti
 @main_group.command()
 @click.argument("folder", type=FOLDER)
 @click.option("--budget", default="30s", show_default=True, help="Time for measuring.")
+@click.option(
+    "--max-load", type=click.FloatRange(0, 1), help="As for `optimize MODEL`. [default: what the folder states]"
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the result here too.")
-def verify(folder: Path, budget: str, json_file: Path | None) -> int:
+def verify(folder: Path, budget: str, max_load: float | None, json_file: Path | None) -> int:
     """Check an emitted FOLDER: its digests, then the gates again in a clean process on this host."""
     from optimize.pipeline.driver import parse_budget
     from optimize.pipeline.verify import verify_folder
 
     with terminal.errors_to(json_file):
-        terminal.check_writable(json_file)
-        result = verify_folder(folder, parse_budget(budget))
+        terminal.check_writable(json_file, folder)
+        result = verify_folder(folder, parse_budget(budget), max_load)
     terminal.say(result.describe())
     terminal.write_result(json_file, type(result), result)
     return result.exit_code
@@ -97,20 +103,19 @@ def verify(folder: Path, budget: str, json_file: Path | None) -> int:
 @main_group.command()
 @click.argument("folder", type=FOLDER)
 @click.option("--candidate", metavar="NAME", help="Which one. [default: the first that was rejected for its outputs]")
-@click.option("--cache", type=click.Path(path_type=Path), help="As for `optimize MODEL`.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Where its artifacts are. [default: the run's own]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the result here too.")
 def explain(folder: Path, candidate: str | None, cache: Path | None, json_file: Path | None) -> int:
     """Find the pass, then the layer, at which a candidate's outputs leave the reference.
 
     FOLDER is a run's folder (the run names it when it rejects a candidate) or an emitted one.
     """
-    from optimize.pipeline.driver import cache_folder
     from optimize.pipeline.explain import Explanation
     from optimize.pipeline.explain import explain as explain_run
 
     with terminal.errors_to(json_file):
-        terminal.check_writable(json_file)
-        found = explain_run(folder, candidate, cache_folder(cache))
+        terminal.check_writable(json_file, folder)
+        found = explain_run(folder, candidate, cache)
     terminal.say(found.describe())
     terminal.write_result(json_file, Explanation, found)
     return ExitCode.EMITTED
@@ -206,14 +211,17 @@ def cache_prune(cache_path: Path | None, days: int) -> int:
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the self-test here too."
 )
-def doctor(self_test: bool, budget: str, json_file: Path | None) -> int:
+@CACHE
+def doctor(self_test: bool, budget: str, json_file: Path | None, cache_path: Path | None) -> int:
     """Say what this host has of what the passes and runtimes need; with --self-test, what it can measure."""
     if self_test:
         return _self_test(budget, json_file)
     from optimize.pipeline.doctor import findings, peaks
+    from optimize.pipeline.driver import cache_folder
 
     table = terminal.table("what", "found", "what it means")
-    rows = [*findings(), peaks()]
+    cache = cache_folder(cache_path)
+    rows = [*findings(cache), peaks(cache)]
     for row in rows:
         table.add_row(row.what, ("" if row.good else "[red]") + row.found, row.meaning)
     terminal.console().print(table)
@@ -224,8 +232,9 @@ def _self_test(budget: str, json_file: Path | None) -> int:
     from optimize.pipeline.driver import parse_budget
     from optimize.pipeline.selftest import SelfTest, self_test
 
-    terminal.check_writable(json_file)
-    result = self_test(parse_budget(budget))
+    with terminal.errors_to(json_file):
+        terminal.check_writable(json_file)
+        result = self_test(parse_budget(budget))
     terminal.say(result.describe())
     terminal.write_result(json_file, SelfTest, result)
     return result.exit_code

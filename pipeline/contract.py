@@ -28,6 +28,15 @@ class Kind(StrEnum):
     OPENVINO = "openvino"  # openvino_model.xml and .bin
 
 
+class Meaning(StrEnum):
+    """What the last axis of a judged output is, which says how two of them are compared."""
+
+    VECTOR = "vector"  # a direction and a length
+    CHOICE = "choice"  # logits of which the largest is the answer
+    FLAGS = "flags"  # logits of which each is an answer: yes above 0
+    NUMBERS = "numbers"  # each by itself: a score
+
+
 class LabelKind(StrEnum):
     """What one example of labelled data is labelled with."""
 

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from optimize.pipeline.driver import cache_folder, find_target
+from optimize.pipeline.driver import find_target
 from optimize.pipeline.errors import WorkerError
 from optimize.pipeline.plan import installed_version
 from optimize.pipeline.recipe import pass_class, pass_names
@@ -28,23 +28,20 @@ class Finding:
     good: bool = True
 
 
-def peaks() -> Finding:
+def peaks(cache: Path) -> Finding:
     """Measure what this host reaches at most, and remember it for the runs to come: some seconds."""
     target, _ = find_target(None)
     with tempfile.TemporaryDirectory() as scratch, WorkerProcess(Path(scratch) / "peaks.log") as worker:
         try:
-            found = measure_peaks(
-                cache_folder(None), target, lambda: worker.ask("peaks", limit=LIMIT, target=asdict(target))
-            )
-        except WorkerError as error:
-            return Finding("peaks", "not measured", f"no roofline: {error.message}", good=False)
+            found = measure_peaks(cache, target, lambda: worker.ask("peaks", limit=LIMIT, target=asdict(target)))
+        except (WorkerError, OSError) as error:
+            return Finding("peaks", "not measured", f"no roofline: {error}", good=False)
     return Finding("peaks", str(found), "what the roofline in reports is drawn with; the best that was seen here")
 
 
-def findings() -> list[Finding]:
+def findings(cache: Path) -> list[Finding]:
     """Look at the interpreter, the processor, the compilers, the cache's disk and every pass's distributions."""
     target, _ = find_target(None)
-    cache = cache_folder(None)
     disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free = shutil.disk_usage(disk).free
     compiler = shutil.which("g++") or shutil.which("clang++")

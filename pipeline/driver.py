@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -56,25 +56,32 @@ class Request:
         tasks = importlib.import_module("optimize.models.tasks")
         budget, objective = parse_budget(self.budget), _objective(self.objective)
         target, defaults = find_target(self.target)
-        explicit = tuple(parse(text) for text in self.recipes)
         cache = cache_folder(self.cache)
         checkpoint = cast(Checkpoint, checkpoints.resolve(self.model, self.task, memory=target.memory))
         out = self.out if self.out is not None else Path(f"{checkpoint.name}-{target.name}")
         check_out(out, cache)
         task = tasks.TASKS[checkpoint.task]
+        meaning = tasks.output_meaning(task, checkpoints.read_config(checkpoint.folder))
+        if meaning is not task.meaning:
+            task = replace(task, labelled=None)  # scores and several classes at once have no metric here yet
         kind = task.labelled.kind if task.labelled is not None else None
         classes = checkpoints.id2label(checkpoint.folder) if kind is not None and kind.names_classes else None
         read = examples.read_examples(self.data, task, classes)
         plan = make_plan(
-            checkpoint, target, explicit or defaults.recipes(checkpoint, target), workload=self.workload,
+            checkpoint, target, self._recipes(defaults.recipes(checkpoint, target)), workload=self.workload,
             gates=Gates(self.max_drop, self.min_speedup, self.max_load), budget=budget,
             evaluation=f"{len(read.evaluation)} examples of {read.source}, {len(read.calibration)} others to calibrate",
             calibration_digest=read.calibration_digest if read.calibration else None,
         )  # fmt: skip
         pooling = tasks.sentence_pooling(checkpoint.folder) if task.name == "sentence-similarity" else None
         labelling = Labelling(kind, read.labels, classes) if kind is not None and read.labels is not None else None
-        texts = Texts(read.source, read.evaluation, read.calibration, labelling, pooling, task.top1)
+        texts = Texts(read.source, read.evaluation, read.calibration, labelling, pooling, meaning)
         return Planned(plan, texts, Store(cache / "store"), cache, out, objective)
+
+    def _recipes(self, defaults: Sequence[Recipe]) -> Sequence[Recipe]:
+        """Those that were asked for, by name or as text; else the target's own."""
+        named = {recipe.name: replace(recipe, after="") for recipe in defaults}
+        return [named.get(text) or parse(text) for text in self.recipes] or defaults
 
 
 @dataclass(frozen=True)

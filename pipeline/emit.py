@@ -11,7 +11,7 @@ from pathlib import Path
 from optimize.pipeline.batches import load_batches
 from optimize.pipeline.card import model_card
 from optimize.pipeline.contract import Artifact
-from optimize.pipeline.errors import OptimizeError, RequestError
+from optimize.pipeline.errors import OptimizeError, OutputError, RequestError
 from optimize.pipeline.manifest import FILE, SCHEMA_VERSION, Manifest, Report, to_json
 from optimize.pipeline.store import digest_files
 from optimize.pipeline.trial import CELLS, TEXT, Trial
@@ -52,8 +52,11 @@ def emit(report: Report, winner: Candidate, artifact: Artifact, run: Path, trial
     try:
         _fill(package, report, artifact, run)
         reference = {batches: load_batches(run / f"reference.{batches}.npz") for batches in (TEXT, CELLS)}
-        with trial.open("emitted", artifact.kind, package).worker as worker:
-            accuracy, reason = trial.judge(worker, reference)
+        try:
+            with trial.open("emitted", artifact.kind, package).worker as worker:
+                accuracy, reason = trial.judge(worker, reference)
+        except OutputError as error:
+            raise OptimizeError(f"the packaged artifact has outputs that it had not in the store: {error}") from error
         if reason is not None:
             raise OptimizeError(f"the packaged artifact fails the gate that it passed in the store: {reason}")
         assert winner.speed is not None

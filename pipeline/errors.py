@@ -58,6 +58,12 @@ class WorkerError(OptimizeError):
         self.log_tail = log_tail
 
 
+class OutputError(OptimizeError, ValueError):
+    """Outputs that are wrong by themselves, or cannot be compared: type, shape, number, NaN."""
+
+    exit_code = ExitCode.NOT_ACCURATE
+
+
 class ArtifactError(OptimizeError):
     """An emitted or stored artifact is damaged, or is not one."""
 

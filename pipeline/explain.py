@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from optimize.pipeline.accuracy import cosine
 from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Artifact, Kind
+from optimize.pipeline.driver import cache_folder
 from optimize.pipeline.emit import EVIDENCE
 from optimize.pipeline.errors import ArtifactError, RequestError, WorkerError
 from optimize.pipeline.manifest import FILE, REPORT, Report, read_manifest, read_report
@@ -24,7 +26,8 @@ from optimize.pipeline.verdict import Candidate, Status
 from optimize.pipeline.verify import find_checkpoint
 from optimize.pipeline.workers import WorkerProcess
 
-BATCHES = 6  # of the evaluation text that layers are compared on
+BATCHES = 3  # of the evaluation text that layers are compared on: 11 examples, since every layer of them is kept
+INPUTS = tuple(f"{side}{batches}.npz" for side in ("", "reference.") for batches in (TEXT, CELLS))
 SHOWN = 6  # layers in the text
 
 
@@ -44,6 +47,10 @@ class LayerDrop:
 
     layer: str
     drop: float  # infinite where only the later artifact's output is not finite
+    module: str = ""  # of the checkpoint: whose weights it multiplies by, or "after" the last such before it
+
+    def __str__(self) -> str:
+        return f"{self.layer} ({self.module})" if self.module else self.layer
 
 
 @dataclass(frozen=True)
@@ -85,22 +92,23 @@ class Explanation:
         if self.culprit is None:
             lines.append("every stage passes the gate on accuracy: its outputs are not why it was rejected")
         if self.leaves is not None and self.jump is not None:
-            lines.append(f"first layer above the gate:  {self.leaves.layer} (drop {self.leaves.drop:.2g})")
-            lines.append(f"the drop grows most at:      {self.jump.layer} (to {self.jump.drop:.2g})")
+            lines.append(f"first layer above the gate:  {self.leaves}: drop {self.leaves.drop:.2g}")
+            lines.append(f"the drop grows most at:      {self.jump}: to {self.jump.drop:.2g}")
         elif self.layers:
             lines.append("no layer by itself is above the gate on these texts")
         worst = sorted(self.layers, key=lambda each: -each.drop)[:SHOWN]
         if worst:
             lines.append(f"the {len(worst)} largest of {len(self.layers)} layers, in the order of execution:")
-            lines += [f"  {each.layer:<50} {each.drop:.2g}" for each in self.layers if each in worst]
+            lines += [f"  {each.drop:<8.2g} {each}" for each in self.layers if each in worst]
         return "\n".join([*lines, *([self.remark] if self.remark else [])])
 
 
-def explain(folder: Path, name: str | None, cache: Path) -> Explanation:
+def explain(folder: Path, name: str | None, cache: Path | None) -> Explanation:
     """Explain the candidate `name`, or the first rejected one, of a run's folder or an emitted folder.
 
-    Every step's artifact is taken from the store under `cache` and tried again on the run's own text. Raises
-    RequestError for a candidate that is not there, ArtifactError where the folder, checkpoint or an artifact is gone.
+    Every step's artifact is taken from the store under `cache` (if None, of a run's folder that which it lies in) and
+    tried again on the run's own text. Raises RequestError for a candidate that is not there, ArtifactError where the
+    folder, checkpoint or an artifact is gone.
     """
     report, inputs = _read(folder)
     candidate = _candidate(report, name)
@@ -111,33 +119,45 @@ def explain(folder: Path, name: str | None, cache: Path) -> Explanation:
             hint="run optimize again where it is now, then explain that run",
         )
     chain = [("checkpoint", Artifact(Kind.CHECKPOINT, checkpoint, "", ""))]
-    chain += _artifacts(candidate, Store(cache / "store"))
+    if cache is None and inputs == folder:
+        cache = folder.resolve().parents[1]
+    chain += _artifacts(candidate, Store(cache_folder(cache) / "store"))
     with tempfile.TemporaryDirectory(prefix="optimize-explain-") as scratch:
         trial = Trial.of_report(report, inputs, Path(scratch), report.host.target.cores)
         reference = {batches: load_batches(inputs / f"reference.{batches}.npz") for batches in (TEXT, CELLS)}
-        stages: list[Stage] = []
-        for step, artifact in chain:
-            stages.append(_stage(trial, step, artifact, reference))
-            if stages[-1].reason is not None:
-                break
-        culprit = len(stages) - 1 if stages[-1].reason is not None else None
+        stages = [_stage(trial, step, artifact, reference) for step, artifact in chain]
+        # a checkpoint in 16 bits may be rejected by itself, and what is exported from it in 32 bits not
+        passing = [index for index, stage in enumerate(stages) if stage.reason is None]
+        culprit = max(passing, default=-1) + 1 if stages[-1].reason is not None else None
         layers: tuple[LayerDrop, ...] = ()
         remark = None
-        if culprit is not None:
-            before = chain[max(culprit - 1, 0)][1]
-            layers, remark = _compare_layers(trial, before, chain[culprit][1])
+        if culprit == 0:
+            remark = "the checkpoint in its own dtype is above the gate by itself, and so is all that is made of it"
+        elif culprit is not None:
+            before, after = chain[culprit - 1][1], chain[culprit][1]
+            layers, remark = _compare_layers(trial, before, after, chain[0][1])
     return Explanation(candidate.name, report.gates.max_drop, tuple(stages), culprit, layers, remark)
 
 
 def _read(folder: Path) -> tuple[Report, Path]:
     if (folder / FILE).is_file():
-        return read_manifest(folder).report, folder / EVIDENCE
-    if (folder / REPORT).is_file():
-        return read_report(folder), folder
-    raise ArtifactError(
-        f"{folder} has neither {REPORT} nor {FILE}: it is not the folder of a run that came to its end",
-        hint="a run that rejects a candidate names its folder in the last lines",
-    )
+        report, inputs = read_manifest(folder).report, folder / EVIDENCE
+    elif (folder / REPORT).is_file():
+        report, inputs = read_report(folder), folder
+    else:
+        raise ArtifactError(
+            f"{folder} has neither {REPORT} nor {FILE}: it is not the folder of a run that came to its end",
+            hint="a run that rejects a candidate names its folder in a note above its table",
+        )
+    try:
+        for name in INPUTS:
+            load_batches(inputs / name)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ArtifactError(
+            f"{inputs / name} cannot be read: {error}",
+            hint="run the same optimize command again, then explain that run",
+        ) from None
+    return report, inputs
 
 
 def _candidate(report: Report, name: str | None) -> Candidate:
@@ -179,31 +199,51 @@ def _stage(trial: Trial, step: str, artifact: Artifact, reference: Mapping[str, 
     return Stage(step, artifact.kind, accuracy.drop.value, reason)
 
 
-def _compare_layers(trial: Trial, before: Artifact, after: Artifact) -> tuple[tuple[LayerDrop, ...], str | None]:
+def _compare_layers(
+    trial: Trial, before: Artifact, after: Artifact, checkpoint: Artifact
+) -> tuple[tuple[LayerDrop, ...], str | None]:
+    """The layers of `after` against those of `before`, under the names that the checkpoint's modules have."""
     sides = []
-    for side, artifact in (("before", before), ("after", after)):
-        out = trial.scratch / f"layers-{side}.npz"
-        with WorkerProcess(trial.scratch / "logs" / f"layers-{side}.log") as worker:
-            try:
-                answer = worker.ask(
-                    "layers", limit=STEP_LIMIT, kind=artifact.kind, path=str(artifact.path), task=trial.task,
-                    batches=str(trial.inputs / f"{TEXT}.npz"), count=BATCHES, out=str(out),
-                )  # fmt: skip
-            except WorkerError as error:
-                return (), f"its layers cannot be looked at: {error.message}"
-        if answer is None:
+    for artifact in (before, after):
+        try:
+            seen = _look(trial, artifact, BATCHES)
+        except WorkerError as error:
+            return (), f"its layers cannot be looked at: {error.message}"
+        if seen is None:
             return (), f"the layers of {artifact.kind} are compiled into one: they cannot be looked at"
-        sides.append((load_batches(out), answer))
+        sides.append(seen)
     (expected, known), (found, answer) = sides
     names = {name: name for name in found[0]} if before.kind == after.kind else _by_weights(known, answer)
+    modules = {} if after.kind == checkpoint.kind else _modules(trial, checkpoint, before, known)
     masks = [batch["attention_mask"] != 0 for batch in load_batches(trial.inputs / f"{TEXT}.npz")[:BATCHES]]
-    drops = []
+    drops, last = [], ""
     for name, other in names.items():
+        last = modules.get(other, last)
         if other in expected[0] and expected[0][other].shape == found[0][name].shape:
             pairs = zip(expected, found, masks, strict=True)
-            drops.append(LayerDrop(name, _drop([(one[other], two[name], mask) for one, two, mask in pairs])))
+            drop = _drop([(one[other], two[name], mask) for one, two, mask in pairs])
+            drops.append(LayerDrop(name, drop, modules.get(other, last and f"after {last}")))
     remark = None if drops else f"no layer of {before.kind} could be matched with one of {after.kind}"
     return tuple(drops), answer["overflow"] or remark
+
+
+def _look(trial: Trial, artifact: Artifact, count: int) -> tuple[list[Any], dict[str, Any]] | None:
+    """What an artifact computes on the way for the first `count` batches of text, and what its worker says of it."""
+    out = trial.scratch / "layers.npz"
+    with WorkerProcess(trial.scratch / "logs" / f"layers-{artifact.kind}.log") as worker:
+        answer = worker.ask(
+            "layers", limit=STEP_LIMIT, kind=artifact.kind, path=str(artifact.path), task=trial.task,
+            batches=str(trial.inputs / f"{TEXT}.npz"), count=count, out=str(out),
+        )  # fmt: skip
+    return None if answer is None else (load_batches(out), answer)
+
+
+def _modules(trial: Trial, checkpoint: Artifact, before: Artifact, known: dict[str, Any]) -> dict[str, str]:
+    """Names of products in `before` -> names of the checkpoint's modules that have their weights."""
+    if before.kind == checkpoint.kind:
+        return {name: name for name in known["products"]}
+    seen = _look(trial, checkpoint, 1)
+    return _by_weights(seen[1], known) if seen is not None else {}
 
 
 def _by_weights(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:

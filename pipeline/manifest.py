@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimize.pipeline.accuracy import Accuracy
-from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Labelling, Objective, Target
+from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Labelling, Meaning, Objective, Target
 from optimize.pipeline.errors import ArtifactError
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.plan import installed_version
@@ -50,7 +50,7 @@ class Evaluation:
     source: str
     calibration_digest: str | None
     pooling: str | None  # how tokens become the sentence embedding that is judged
-    top1: bool  # whether the largest element of an output is an answer
+    meaning: Meaning  # of the judged outputs
     labelling: Labelling | None  # where --data had labels
 
 

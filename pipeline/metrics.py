@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,10 @@ def classification_metrics(
     accuracy = _share_of_right("accuracy", before == truth, after == truth)
     # an answer that was wrong and still is can be another one, which macro F1 sees too
     changed = int((before != after).sum())
-    return accuracy, _bootstrapped("macro F1", macro, before, after, changed)
+    f1 = _bootstrapped("macro F1", macro, before, after, changed)
+    _, sizes = np.unique(truth, return_counts=True)
+    weight = len(truth) / (len(sizes) * int(sizes.min()))  # of an answer of the rarest class, against the mean one's
+    return accuracy, dataclasses.replace(f1, resolution=min(weight * f1.resolution, 1.0))
 
 
 def similarity_metrics(
@@ -178,7 +182,9 @@ def tagging_metrics(
         return float(2 * right / (found + expected)) if found + expected else 0.0
 
     changed = int((counts[:, 0] != counts[:, 1]).any(axis=1).sum())
-    return _bootstrapped("entity F1", entity_f1, counts[:, 0], counts[:, 1], changed, "sentences"), accuracy
+    f1 = _bootstrapped("entity F1", entity_f1, counts[:, 0], counts[:, 1], changed, "sentences")
+    having = max(int(counts.any(axis=(1, 2)).sum()), 1)  # sentences without an entity on any side say nothing
+    return dataclasses.replace(f1, resolution=min(f1.resolution * len(counts) / having, 1.0)), accuracy
 
 
 def answering_metrics(

@@ -10,7 +10,7 @@ NOTABLE = 0.05  # a share of processor time that is worth a word
 
 @dataclass(frozen=True)
 class Noise:
-    """Of one measurement. Shares are of the time of all this host's processors while it was made."""
+    """Of one measurement. Shares are of the time of the processors that it may use, while it was made."""
 
     others: float  # share that processes other than ours used
     stolen: float  # share that the hypervisor kept; 0 where the system does not tell
@@ -28,7 +28,7 @@ class Noise:
 
 
 class NoiseMeter:
-    """Counters of the host, and of the processes that measure, since it was made."""
+    """Counters of the processors that we may use, and of the processes that measure, since it was made."""
 
     def __init__(self, *pids: int) -> None:
         self._pids = (os.getpid(), *pids)
@@ -49,14 +49,16 @@ class NoiseMeter:
         return Noise(*self.shares(), self._load, clock, spread)
 
     def _counters(self) -> tuple[float, float, float, float]:
-        """Seconds since boot, over all processors: all, busy, stolen, and used by our processes."""
+        """Seconds since boot, over our processors: all, busy, stolen, and used by our processes."""
         import psutil
 
-        times = psutil.cpu_times()
-        stolen = getattr(times, "steal", 0.0)
+        processors = psutil.cpu_times(percpu=True)
+        if hasattr(os, "sched_getaffinity"):
+            processors = [processors[index] for index in os.sched_getaffinity(0) if index < len(processors)]
+        stolen = sum(getattr(times, "steal", 0.0) for times in processors)
         counted = ("user", "nice", "system", "irq", "softirq")  # `user` includes guests
-        busy = sum(getattr(times, name, 0.0) for name in counted)
-        idle = times.idle + getattr(times, "iowait", 0.0)
+        busy = sum(getattr(times, name, 0.0) for times in processors for name in counted)
+        idle = sum(times.idle + getattr(times, "iowait", 0.0) for times in processors)
         ours = 0.0
         for pid in self._pids:
             used = psutil.Process(pid).cpu_times()

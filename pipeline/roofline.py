@@ -77,8 +77,8 @@ def roof(work: Work, measured: float, arithmetic: str, weight_bytes: float, peak
 def roofs(
     works: Sequence[Work], measured: Sequence[float], arithmetic: str, weight_bytes: float, peaks: Peaks | None
 ) -> tuple[Roof, ...]:
-    """The roof of every cell; none where the host's peak for that dtype is not known."""
-    if peaks is None or arithmetic not in peaks.operations:
+    """The roof of every cell; none where the work or the host's peak for that dtype is not known."""
+    if not works or peaks is None or arithmetic not in peaks.operations:
         return ()
     return tuple(
         roof(work, seconds, arithmetic, weight_bytes, peaks) for work, seconds in zip(works, measured, strict=True)

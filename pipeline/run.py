@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 import statistics
 import time
 import uuid
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from optimize.pipeline.build import Builder
-from optimize.pipeline.contract import Artifact, Kind, Labelling, Objective
+from optimize.pipeline.contract import Artifact, Kind, Labelling, Meaning, Objective
 from optimize.pipeline.emit import emit
 from optimize.pipeline.errors import CheckpointError, OptimizeError, PassError, RequestError, WorkerError
 from optimize.pipeline.manifest import REPORT, SCHEMA_VERSION, Baseline, Evaluation, Report, host_of, source_of, to_json
@@ -37,7 +38,7 @@ class Texts:
     calibration: Sequence[Mapping[str, Any]]
     labelling: Labelling | None
     pooling: str | None
-    top1: bool
+    meaning: Meaning  # of the judged outputs
 
 
 @dataclass
@@ -94,7 +95,8 @@ class Run:
         report = self._report(winner, code)
         (self.folder / REPORT).write_text(to_json(report))
         if any(candidate.status in (Status.INACCURATE, Status.BROKEN) for candidate in self.candidates):
-            self.progress.note(f"where outputs leave the reference: optimize explain {self.folder} [--candidate NAME]")
+            command = f"optimize explain {shlex.quote(str(self.folder))} [--candidate NAME]"
+            self.progress.note(f"where outputs leave the reference: {command}")
         return report
 
     @property
@@ -103,7 +105,7 @@ class Run:
         plan, texts = self.plan, self.texts
         return Trial(
             self.folder, self.folder, plan.checkpoint.task, plan.target.cores, plan.workload, plan.gates,
-            texts.pooling, texts.top1, texts.labelling, self.progress.tick,
+            texts.pooling, texts.meaning, texts.labelling, self.progress.tick,
         )  # fmt: skip
 
     @property
@@ -203,39 +205,42 @@ class Run:
         with self._phase("measure"):
             opened = self.trial.open("baseline", Kind.CHECKPOINT, self.plan.checkpoint.folder)
         with opened.worker as baseline:
+            memory = baseline.ask("memory", limit=STEP_LIMIT)
             baseline.pause()
-            budget = self.plan.budget / len(self.plan.recipes)
+            budget = self.plan.budget / sum(not planned.recipe.after for planned in self.plan.recipes)
             for candidate in built:
                 self._try(candidate, baseline, reference, budget)
             self._recover(baseline, reference, budget)
             baseline.resume()
             with self._phase("measure"):
-                self._account_for(opened)
+                self._account_for(opened, memory)
 
     def _recover(self, baseline: WorkerProcess, reference: Mapping[str, list[Any]], budget: float) -> None:
         """Build and try what the target has ready for a recipe that proved inaccurate, until one is accurate."""
-        try:
-            for planned in self.plan.recipes:
-                recipe = planned.recipe
-                if not recipe.after:
-                    continue
-                before = next((each for each in self.candidates if each.name == recipe.after), None)
-                reason = why_not_recover(before, self.plan.gates)
-                if before is None or reason is not None:
-                    self.left_out[recipe.name] = f"{recipe.after} {reason or 'was not tried'}"
-                    continue
-                with self._phase("build"):
+        for planned in self.plan.recipes:
+            recipe = planned.recipe
+            if not recipe.after:
+                continue
+            before = next((each for each in self.candidates if each.name == recipe.after), None)
+            reason = why_not_recover(before, self.plan.gates)
+            if reason is not None:
+                self.left_out[recipe.name] = f"{recipe.after} {reason}"
+                continue
+            with self._phase("build"):
+                try:
                     candidate = self._build(planned)
-                if candidate.name in self.artifacts:
-                    self._try(candidate, baseline, reference, budget)
-        finally:
-            self._builder.end()
+                finally:
+                    self._builder.end()  # nothing else may run while there is timing
+            if candidate.name in self.artifacts:
+                self._try(candidate, baseline, reference, budget)
 
-    def _account_for(self, opened: Opened) -> None:
+    def _account_for(self, opened: Opened, memory: int) -> None:
         """What the baseline costs, and how near every side came to what this host can do."""
-        plan, ask, timed = self.plan, opened.worker.ask, [each for each in self.candidates if each.speed is not None]
-        memory = ask("memory", limit=STEP_LIMIT)
-        self.work = tuple(Work(**work) for work in ask("work", limit=STEP_LIMIT))
+        plan, timed = self.plan, [each for each in self.candidates if each.speed is not None]
+        try:
+            self.work = tuple(Work(**work) for work in opened.worker.ask("work", limit=STEP_LIMIT))
+        except WorkerError as error:
+            self.progress.note(f"no roofline: what the model does could not be counted: {error.message}")
         for candidate in timed:
             assert candidate.speed is not None and candidate.size is not None
             seconds = [cell.seconds for cell in candidate.speed.cells]
@@ -245,8 +250,16 @@ class Run:
         self.baseline = Baseline(
             opened.load_seconds, opened.first_seconds, memory,
             self._roofs(seconds, plan.checkpoint.dtype, plan.checkpoint.weight_bytes) if seconds else (),
-            Throughput(**ask("sweep", limit=STEP_LIMIT)),
+            self._throughput("baseline", opened.worker),
         )  # fmt: skip
+
+    def _throughput(self, name: str, worker: WorkerProcess) -> Throughput | None:
+        """For information: that it fails costs no verdict."""
+        try:
+            return Throughput(**worker.ask("sweep", limit=STEP_LIMIT))
+        except WorkerError as error:
+            self.progress.note(f"{name}: no throughput: {error.message}")
+            return None
 
     def _roofs(self, seconds: Sequence[float], arithmetic: str, size: int) -> tuple[Roof, ...]:
         return roofs(self.work, seconds, arithmetic, size / self.plan.checkpoint.parameters, self.peaks)
@@ -273,8 +286,8 @@ class Run:
 
     def _evaluate(self, candidate: Candidate, opened: Opened, reference: Mapping[str, list[Any]]) -> None:
         candidate.load_seconds, candidate.first_seconds = opened.load_seconds, opened.first_seconds
+        candidate.peak_memory = opened.worker.ask("memory", limit=STEP_LIMIT)  # before outputs pile up to be judged
         candidate.accuracy, candidate.reason = self.trial.judge(opened.worker, reference)
-        candidate.peak_memory = opened.worker.ask("memory", limit=STEP_LIMIT)
         candidate.status = Status.INACCURATE if candidate.reason else Status.PASSED
         self.progress.evaluated(candidate)
 
@@ -289,7 +302,7 @@ class Run:
             candidate.status, candidate.reason = judge_speed(candidate.speed, self.plan.gates)
         if candidate.status == Status.PASSED:
             with running(worker):
-                candidate.throughput = Throughput(**worker.ask("sweep", limit=STEP_LIMIT))
+                candidate.throughput = self._throughput(candidate.name, worker)
         self.progress.timed(candidate)
 
     def _report(self, winner: Candidate | None, code: int) -> Report:
@@ -303,7 +316,7 @@ class Run:
             workload=plan.workload,
             gates=plan.gates,
             objective=self.objective,
-            evaluation=Evaluation(texts.source, plan.calibration_digest, texts.pooling, texts.top1, texts.labelling),
+            evaluation=Evaluation(texts.source, plan.calibration_digest, texts.pooling, texts.meaning, texts.labelling),
             left_out=self.left_out,
             candidates=tuple(self.candidates),
             emitted=winner.name if winner is not None else None,

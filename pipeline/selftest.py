@@ -19,7 +19,7 @@ import numpy as np
 from optimize.pipeline.contract import Array, Batch, Cell
 from optimize.pipeline.errors import ExitCode
 from optimize.pipeline.measure import Speed, compare, spread_of_quads
-from optimize.pipeline.statistics import Difference, difference, resolution
+from optimize.pipeline.statistics import EQUIVALENT, Difference, difference, resolution
 from optimize.pipeline.workers import WorkerProcess
 
 EXTRA = 0.10  # more work on one side of A/B
@@ -94,7 +94,9 @@ def self_test(seconds: float) -> SelfTest:
     sound = found(same) not in (Difference.FASTER, Difference.SLOWER)
     seen = found(slower) is Difference.FASTER
     code = ExitCode.EMITTED if sound and seen else ExitCode.INCONCLUSIVE
-    resolves = {budget: math.expm1(resolution(spread, max(int(budget / quad_seconds), 2))) for budget in BUDGETS}
+    # half the interval for the estimate's own error, half for leaving the margin outside: found nine times out of ten
+    half = {budget: resolution(spread, max(int(budget / quad_seconds), 2)) for budget in BUDGETS}
+    resolves = {budget: EQUIVALENT * math.exp(1.5 * half[budget]) - 1 for budget in BUDGETS}
     return SelfTest(same, slower, quad_seconds, resolves, code)
 
 

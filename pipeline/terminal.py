@@ -85,10 +85,13 @@ def errors_to(json_file: Path | None) -> Iterator[None]:
         raise
 
 
-def check_writable(json_file: Path | None) -> None:
-    """Find out before a run of minutes, not after it."""
+def check_writable(json_file: Path | None, *read: Path) -> None:
+    """Find out before a run of minutes, not after it. It must be none of the files and folders that are `read`."""
     if json_file is None:
         return
+    for path in read:
+        if path.exists() and (json_file.resolve() == path.resolve() or path.resolve() in json_file.resolve().parents):
+            raise RequestError(f"--json {json_file} would be written over what is read", hint="name another file")
     try:
         if json_file.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")

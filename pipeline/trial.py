@@ -11,8 +11,8 @@ from typing import Any
 
 from optimize.pipeline.accuracy import Accuracy, compare_outputs, why_rejected, why_unsteady
 from optimize.pipeline.batches import load_batches
-from optimize.pipeline.contract import Cell, Gates, Kind, Labelling
-from optimize.pipeline.errors import WorkerError
+from optimize.pipeline.contract import Cell, Gates, Kind, Labelling, Meaning
+from optimize.pipeline.errors import OutputError, WorkerError
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.metrics import task_metrics
 from optimize.pipeline.workers import WorkerProcess
@@ -41,7 +41,7 @@ class Trial:
     workload: Sequence[Cell]
     gates: Gates
     pooling: str | None
-    top1: bool
+    meaning: Meaning
     labelling: Labelling | None
     tick: Callable[[], None] = lambda: None
 
@@ -51,7 +51,7 @@ class Trial:
         evaluation = report.evaluation
         return cls(
             inputs, scratch, report.checkpoint.task, cores, report.workload, report.gates,
-            evaluation.pooling, evaluation.top1, evaluation.labelling,
+            evaluation.pooling, evaluation.meaning, evaluation.labelling,
         )  # fmt: skip
 
     def open(self, name: str, kind: Kind, path: Path) -> Opened:
@@ -71,14 +71,14 @@ class Trial:
         """What is judged of every example in `batches`.npz, also written to `out`; and how far two runs of one batch
         are apart.
 
-        Raises ValueError for outputs that are wrong by themselves (type, shape, NaN), WorkerError if it cannot run.
+        Raises OutputError for outputs that are wrong by themselves (type, shape, NaN), WorkerError if it cannot run.
         """
         answer = worker.ask(
             "evaluate", limit=STEP_LIMIT, progress=self.tick, task=self.task, pooling=self.pooling,
             batches=str(self.inputs / f"{batches}.npz"), out=str(out),
         )  # fmt: skip
         if answer["problems"]:
-            raise ValueError(answer["problems"][0])
+            raise OutputError(answer["problems"][0])
         return load_batches(out), answer["repeat_error"]
 
     def judge(self, worker: WorkerProcess, reference: Mapping[str, list[Any]]) -> tuple[Accuracy, str | None]:
@@ -95,7 +95,7 @@ class Trial:
             rows[cell] = list(range(position, position + cell.batch))
             position += cell.batch
         expected = [*reference[TEXT], *reference[CELLS]]
-        accuracy = compare_outputs(expected, [*evaluated, *celled], top1=self.top1, cells=rows)
+        accuracy = compare_outputs(expected, [*evaluated, *celled], meaning=self.meaning, cells=rows)
         if self.labelling is not None:
             batches = load_batches(self.inputs / f"{TEXT}.npz")
             metrics = task_metrics(self.labelling, batches, reference[TEXT], evaluated)

@@ -108,8 +108,10 @@ def why_not_recover(candidate: Candidate | None, gates: Gates) -> str | None:
     """Why there is no point in a milder recipe than this candidate's, or None when there is."""
     if candidate is None:
         return "was not tried"
-    if candidate.status is not Status.INACCURATE or candidate.accuracy is None:
+    if candidate.status is not Status.INACCURATE:
         return f"is {candidate.status}, not inaccurate"
+    if candidate.accuracy is None:
+        return "has outputs that are wrong by themselves"
     if candidate.accuracy.drop.value > HOPELESS * gates.max_drop:
         return f"drops by more than {HOPELESS} times the gate"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from optimize.pipeline.accuracy import Accuracy
@@ -12,7 +12,7 @@ from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Kind, Target
 from optimize.pipeline.driver import find_target
 from optimize.pipeline.emit import EVIDENCE, EVIDENCE_FILES
-from optimize.pipeline.errors import ArtifactError, ExitCode, OptimizeError, WorkerError
+from optimize.pipeline.errors import ArtifactError, ExitCode, OptimizeError, OutputError, WorkerError
 from optimize.pipeline.manifest import FILE, Manifest, Source, read_manifest
 from optimize.pipeline.measure import Speed, compare
 from optimize.pipeline.store import compare_digests, digest_files, sha256_of
@@ -57,8 +57,10 @@ class Verification:
         return "\n".join([*lines, "verified" if self.exit_code == 0 else f"not verified (exit code {self.exit_code})"])
 
 
-def verify_folder(folder: Path, budget: float) -> Verification:
+def verify_folder(folder: Path, budget: float, max_load: float | None = None) -> Verification:
     """Check `folder`; measure for `budget` seconds if the checkpoint that it came from is at hand.
+
+    `max_load` takes the place of what the folder was emitted with: this host may be a busier one.
 
     Raises ArtifactError for a folder that is damaged or not an emitted one, OptimizeError if it does not run here.
     """
@@ -71,6 +73,8 @@ def verify_folder(folder: Path, budget: float) -> Verification:
     if missing:
         raise ArtifactError(f"{folder} has no {EVIDENCE}/{missing[0]}: there is nothing to repeat the gates with")
     report = manifest.report
+    if max_load is not None:
+        report = replace(report, gates=replace(report.gates, max_load=max_load))
     host, _ = find_target(report.host.target.name)
     same_host = (host.device, host.features, host.cores) == (
         report.host.target.device, report.host.target.features, report.host.target.cores,
@@ -86,6 +90,10 @@ def verify_folder(folder: Path, budget: float) -> Verification:
                 speed, remark = None, None
                 if rejected is None:
                     speed, remark = _speed(trial, manifest, worker, budget)
+        except OutputError as error:
+            raise OutputError(
+                f"{folder}: {error}", hint="not verified: on this host it does not answer right"
+            ) from error
         except (KeyError, ValueError, ZeroDivisionError) as error:
             raise ArtifactError(
                 f"{folder / FILE} does not fit the evidence: {type(error).__name__}: {error}",

@@ -45,6 +45,7 @@ class DamagedExport(ExportOnnx):
         onnx.save(model, out / "model.onnx")
         return facts
 """
+PARTS = ("attention.output.dense", "intermediate.dense", "output.dense")
 PASSES = {"damage": "Damage", "damaged-export": "DamagedExport"}
 
 
@@ -77,7 +78,8 @@ def test_the_pass_and_the_module_are_found(tiny: Path, cli: Cli, third_party: ob
     recipe = "damage{parameter=encoder.layer.1.output.dense.weight;factor=0.3},convert-openvino"
     _, run = rejected(cli, tiny, recipe, tmp_path / "out")
     found = explained(cli, run)
-    assert [stage["reason"] is not None for stage in found["stages"]] == [False, True]
+    assert [stage["reason"] is not None for stage in found["stages"]] == [False, True, True]
+    assert found["culprit"] == 1
     assert found["stages"][1]["step"].startswith("damage{")
     assert above(found)[0] == "encoder.layer.1.output.dense"
 
@@ -112,6 +114,9 @@ def test_quantization_is_followed_from_layer_to_layer(recipe: str, tiny: Path, c
     assert found["stages"][1]["drop"] < 1e-6
     assert len(above(found)) >= 6
     assert all(each["drop"] < 0.2 for each in found["layers"])
+    modules = [each["module"] for each in found["layers"]]
+    order = [modules.index(f"encoder.layer.{layer}.{part}") for layer in (0, 1) for part in PARTS]
+    assert order == sorted(order), "every product has the name of the checkpoint's module, in the order of execution"
 
 
 def test_what_cannot_be_explained_is_refused(tiny: Path, cli: Cli, third_party: object, tmp_path: Path) -> None:
@@ -121,8 +126,9 @@ def test_what_cannot_be_explained_is_refused(tiny: Path, cli: Cli, third_party: 
     outcome = cli(tiny, "--recipe", recipe, "--recipe", "cast-dtype", *QUICK, "--out", out, cache=cache)
     assert outcome.code == 0, outcome.output
     (run,) = (cache / "runs").iterdir()
+    (empty := tmp_path / "empty-folder").mkdir()
     for folder, options, words in (
-        (tmp_path, (), "neither report.json nor optimize.json"),
+        (empty, (), "neither report.json nor optimize.json"),
         (run, ("--candidate", "nothing"), "there is no candidate 'nothing'"),
     ):
         found = cli("explain", folder, *options, cache=cache)

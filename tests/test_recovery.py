@@ -37,7 +37,7 @@ def _kept(text: str) -> int:
         (Status.PASSED, 0.0005, "is passed, not inaccurate"),
         (Status.NOT_FASTER, 0.0005, "is not faster, not inaccurate"),
         (Status.NOT_BUILT, None, "is not built"),
-        (Status.INACCURATE, None, "not inaccurate"),  # NaN: nothing was compared
+        (Status.INACCURATE, None, "wrong by themselves"),  # NaN: nothing was compared
     ],
 )
 def test_there_is_a_point_only_near_the_gate(status: Status, drop: float | None, words: str | None) -> None:

@@ -151,6 +151,13 @@ def test_a_second_run_builds_nothing(
     assert all(step["cached"] for candidate in outcome.report["candidates"] for step in candidate["steps"])
 
 
+def test_a_recipe_can_be_given_by_its_name(tiny: Path, cli: Cli) -> None:
+    planned = cli(tiny, "--recipe", "openvino-int8-keep1", "--recipe", "cast-dtype", "--dry-run")
+    assert planned.code == 0, planned.output
+    assert "openvino-int8-keep1" in planned.output and "quantize-openvino{keep=1}" in planned.output
+    assert "is inaccurate" not in planned.output, "asked for, it does not wait for another one to fail"
+
+
 def test_verify_passes_then_finds_each_kind_of_damage(emitted: tuple[Path, Outcome], cli: Cli, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(emitted[0], copy)

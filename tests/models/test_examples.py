@@ -73,6 +73,9 @@ def test_a_split_is_the_same_each_time_and_its_digest_tells(tmp_path: Path) -> N
 def test_of_much_data_most_is_evaluated_on_up_to_a_limit(tmp_path: Path) -> None:
     found = read_examples(write(tmp_path / "d.jsonl", sentences(3000)), FEATURES)
     assert (len(found.evaluation), len(found.calibration)) == (1024, 128)
+    last = {row["text"] for row in sentences(3000)[2700:]}  # of a file that may be sorted
+    assert 60 < len(last & {row["text"] for row in found.evaluation}) < 150
+    assert 5 <= len(last & {row["text"] for row in found.calibration}) < 25
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -218,8 +221,8 @@ def test_where_every_sentence_is_judged_nothing_calibrates(tmp_path: Path) -> No
 
 
 def test_pairs_take_no_more_texts_than_other_data(tmp_path: Path) -> None:
-    found = read_examples(write(tmp_path / "d.jsonl", pairs(3000)), SIMILARITY)
-    assert (len(found.evaluation), len(found.labels or ()), len(found.calibration)) == (1024, 512, 128)
+    found = read_examples(write(tmp_path / "d.jsonl", pairs(6000)), SIMILARITY)
+    assert (len(found.evaluation), len(found.labels or ()), len(found.calibration)) == (4500, 2250, 128)
 
 
 @pytest.mark.parametrize("task", [SIMILARITY, TAGGING])
@@ -257,6 +260,16 @@ def test_numbers_of_a_data_set_that_names_them_are_its_own(tmp_path: Path) -> No
     rows = {"tokens": [row["tokens"] for row in tagged(30)], "ner_tags": [[1, 0, 2]] * 30}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d.parquet")
     assert read_examples(str(tmp_path / "d.parquet"), TAGGING, TAGS).labels == ((1, 2, 0),) * 20
+
+
+def test_a_class_of_a_data_set_that_names_it_is_matched_by_name(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = {"text": [row["text"] for row in sentences(30)], "label": [0, 1] * 15}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d.parquet")
+    found = read_examples(str(tmp_path / "d.parquet"), CLASSES, {0: "yes", 1: "no"})
+    assert found.labels == tuple(1 - index % 2 for index in range(30) if index % 3 != 1)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from optimize.pipeline.accuracy import (
     Accuracy,
+    as_compared,
     compare_outputs,
-    probabilities,
     why_rejected,
     why_unsteady,
 )
-from optimize.pipeline.contract import Cell, Gates
+from optimize.pipeline.contract import Cell, Gates, Meaning
 from optimize.pipeline.metrics import Metric
 from optimize.pipeline.statistics import Interval
 
@@ -39,14 +39,16 @@ def outputs(*rows: list[float]) -> Outputs:
 
 
 def test_identical_outputs(reference: Outputs) -> None:
-    found = compare_outputs(reference, mapped(reference, lambda index, array: array.copy()), top1=True, cells={})
+    found = compare_outputs(
+        reference, mapped(reference, lambda index, array: array.copy()), meaning=Meaning.CHOICE, cells={}
+    )
     assert (found.drop.value, found.worst_drop) == pytest.approx((0, 0), abs=1e-12)
     assert (found.relative_error, found.max_error, found.top1, found.examples) == (0.0, 0.0, 1.0, 12)
     assert why_rejected(found, GATES) is None
 
 
 def test_a_known_angle() -> None:
-    found = compare_outputs(outputs([1, 0], [1, 0]), outputs([1, 0], [1, 1]), top1=False, cells={})
+    found = compare_outputs(outputs([1, 0], [1, 0]), outputs([1, 0], [1, 1]), meaning=Meaning.VECTOR, cells={})
     drop = 1 - math.sqrt(0.5)
     assert found.drop.value == pytest.approx(drop / 2)
     assert found.worst_drop == pytest.approx(drop)
@@ -55,14 +57,14 @@ def test_a_known_angle() -> None:
 
 
 def test_opposite_outputs() -> None:
-    found = compare_outputs(outputs([1, 2], [3, 1]), outputs([-1, -2], [-3, -1]), top1=False, cells={})
+    found = compare_outputs(outputs([1, 2], [3, 1]), outputs([-1, -2], [-3, -1]), meaning=Meaning.VECTOR, cells={})
     assert found.drop.value == pytest.approx(2.0)
 
 
 def test_positions_are_averaged_before_examples() -> None:
     one = [{"logits": np.array([[1, 0], [1, 0], [1, 0], [1, 0]], np.float32)}] * 2
     other = [{"logits": np.array([[1, 0], [1, 0], [1, 0], [0, 1]], np.float32)}, one[0]]
-    found = compare_outputs(one, other, top1=False, cells={})
+    found = compare_outputs(one, other, meaning=Meaning.VECTOR, cells={})
     assert found.worst_drop == pytest.approx(0.25)
     assert found.drop.value == pytest.approx(0.125)
 
@@ -70,14 +72,14 @@ def test_positions_are_averaged_before_examples() -> None:
 def test_the_worst_of_several_outputs_tells_the_error() -> None:
     one = [{"start": np.array([[1.0, 0.0]], np.float32), "end": np.array([[2.0, 0.0]], np.float32)}] * 2
     other = [{"start": one[0]["start"], "end": np.array([[1.0, 0.0]], np.float32)}, one[0]]
-    found = compare_outputs(one, other, top1=False, cells={})
+    found = compare_outputs(one, other, meaning=Meaning.VECTOR, cells={})
     assert (found.relative_error, found.max_error) == (0.5, 1.0)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.5, 100.0])
 def test_a_wrong_scale_is_rejected_though_the_cosine_is_one(reference: Outputs, scale: float) -> None:
     scaled = mapped(reference, lambda index, array: array * np.float32(scale))
-    found = compare_outputs(reference, scaled, top1=False, cells={})
+    found = compare_outputs(reference, scaled, meaning=Meaning.VECTOR, cells={})
     assert found.drop.value == pytest.approx(0, abs=1e-7)
     assert found.relative_error == pytest.approx(abs(scale - 1), rel=1e-5)
     assert "relative error" in str(why_rejected(found, GATES))
@@ -86,12 +88,12 @@ def test_a_wrong_scale_is_rejected_though_the_cosine_is_one(reference: Outputs, 
 @pytest.mark.parametrize("count", [1, 4])
 def test_rows_of_zeros_are_alike_and_give_no_nan(count: int) -> None:
     zeros = [{"logits": np.zeros((count, 3), np.float32)}] * 2
-    same = compare_outputs(zeros, zeros, top1=False, cells={})
+    same = compare_outputs(zeros, zeros, meaning=Meaning.VECTOR, cells={})
     assert (same.drop, same.worst_drop, same.relative_error) == (Interval(0.0, 0.0, 0.0), 0.0, 0.0)
     ones = mapped(zeros, lambda index, array: array + 1)
     for found in (
-        compare_outputs(zeros, ones, top1=False, cells={}),
-        compare_outputs(ones, zeros, top1=False, cells={}),
+        compare_outputs(zeros, ones, meaning=Meaning.VECTOR, cells={}),
+        compare_outputs(ones, zeros, meaning=Meaning.VECTOR, cells={}),
     ):
         assert found.drop.value == 1.0
         assert all(map(math.isfinite, (found.drop.low, found.drop.high, found.relative_error, found.max_error)))
@@ -101,7 +103,7 @@ def test_rows_of_zeros_are_alike_and_give_no_nan(count: int) -> None:
 @pytest.mark.parametrize("magnitude", [1e-30, 1e15])
 def test_tiny_and_huge_outputs_are_compared_like_others(reference: Outputs, magnitude: float) -> None:
     scaled = mapped(reference, lambda index, array: array * np.float32(magnitude))
-    found = compare_outputs(scaled, scaled, top1=True, cells={})
+    found = compare_outputs(scaled, scaled, meaning=Meaning.CHOICE, cells={})
     assert found.drop.value == pytest.approx(0, abs=1e-12)
     assert why_rejected(found, GATES) is None
 
@@ -115,26 +117,28 @@ def test_a_value_that_is_not_finite_is_never_accepted(reference: Outputs, where:
         return spoilt
 
     with np.errstate(invalid="ignore"):
-        found = compare_outputs(reference, mapped(reference, spoil), top1=False, cells={Cell(1, 32): [10, 11]})
+        found = compare_outputs(
+            reference, mapped(reference, spoil), meaning=Meaning.VECTOR, cells={Cell(1, 32): [10, 11]}
+        )
     assert why_rejected(found, GATES) is not None
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (4, 8), (3, 8, 1), (24,), (1, 8), (3, 1)])
 def test_a_shape_that_differs_cannot_be_compared(reference: Outputs, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"logits has shape \[.*\], the reference \[3, 8\]"):
-        compare_outputs(reference[:1], [{"logits": np.zeros(shape, np.float32)}], top1=False, cells={})
+        compare_outputs(reference[:1], [{"logits": np.zeros(shape, np.float32)}], meaning=Meaning.VECTOR, cells={})
 
 
 @pytest.mark.parametrize("count", [0, 11, 13])
 def test_a_wrong_number_of_examples_cannot_be_compared(reference: Outputs, count: int) -> None:
     with pytest.raises(ValueError, match=f"{count} examples came back, not 12"):
-        compare_outputs(reference, (reference * 2)[:count], top1=False, cells={})
+        compare_outputs(reference, (reference * 2)[:count], meaning=Meaning.VECTOR, cells={})
 
 
 def test_cells_are_judged_apart_from_text(reference: Outputs) -> None:
     cells = {Cell(1, 32): [8], Cell(3, 64): [9, 10, 11]}
     candidate = mapped(reference, lambda index, array: -array if index == 10 else array)
-    found = compare_outputs(reference, candidate, top1=False, cells=cells)
+    found = compare_outputs(reference, candidate, meaning=Meaning.VECTOR, cells=cells)
     assert found.cells == pytest.approx({"1x32": 0.0, "3x64": 2 / 3}, abs=1e-7)
     assert (found.examples, found.top1) == (8, None)
     assert found.drop.value == pytest.approx(0, abs=1e-12)
@@ -145,33 +149,61 @@ def test_top1_counts_answers(reference: Outputs) -> None:
     found = compare_outputs(
         outputs([1, 2, 3], [3, 2, 1], [1, 3, 2], [1, 3, 2]),
         outputs([1, 2, 3], [3, 2, 1], [1, 3, 2], [3, 1, 2]),
-        top1=True, cells={},
+        meaning=Meaning.CHOICE, cells={},
     )  # fmt: skip
     assert found.top1 == 0.75
 
 
 def test_two_classes_that_nearly_cancel_are_compared_as_probabilities() -> None:
     reference, candidate = outputs([0.01, -0.01], [-4.0, 4.0]), outputs([-0.01, 0.01], [-4.02, 4.02])
-    as_vectors = compare_outputs(reference, candidate, top1=False, cells={})
+    as_vectors = compare_outputs(reference, candidate, meaning=Meaning.VECTOR, cells={})
     assert as_vectors.worst_drop == pytest.approx(2.0)  # although nothing has happened
-    found = compare_outputs(reference, candidate, top1=True, cells={})
+    found = compare_outputs(reference, candidate, meaning=Meaning.CHOICE, cells={})
     assert found.worst_drop == pytest.approx(2e-4, rel=0.05)  # of half and half: the angle between 0.505 and 0.495
     assert found.relative_error == pytest.approx(0.02, rel=0.05)
     assert found.top1 == 0.5
 
 
-@pytest.mark.parametrize("rows", [([2.0], [1.0]), ([2.0, -1.0, 0.5], [0.0, 1.0, 2.0])])
+@pytest.mark.parametrize("rows", [([2.0, 0.0], [1.0, 0.0]), ([2.0, -1.0, 0.5], [0.0, 1.0, 2.0])])
 def test_probabilities_that_change_are_seen(rows: tuple[list[float], ...]) -> None:
     scaled = [[0.1 * value for value in row] for row in rows]
-    assert compare_outputs(outputs(*rows), outputs(*scaled), top1=True, cells={}).worst_drop > 0.01
-    same = compare_outputs(outputs(*rows), outputs(*rows), top1=True, cells={})
+    assert compare_outputs(outputs(*rows), outputs(*scaled), meaning=Meaning.CHOICE, cells={}).worst_drop > 0.01
+    same = compare_outputs(outputs(*rows), outputs(*rows), meaning=Meaning.CHOICE, cells={})
     assert same.worst_drop == pytest.approx(0, abs=1e-12)
 
 
-def test_probabilities_are_those_of_softmax_and_sigmoid() -> None:
-    assert probabilities(np.array([[0.0, math.log(3.0)]])) == pytest.approx(np.array([[0.25, 0.75]]))
-    assert probabilities(np.array([[math.log(3.0)]])) == pytest.approx(np.array([[0.75, 0.25]]))
-    assert probabilities(np.array([[1000.0, -1000.0]])) == pytest.approx(np.array([[1.0, 0.0]]))
+def test_a_score_is_held_against_the_spread_of_scores() -> None:
+    reference, candidate = outputs(*[[value] for value in (3.0, 4.0, 5.0)]), outputs([3.0], [4.0], [5.8])
+    found = compare_outputs(reference, candidate, meaning=Meaning.NUMBERS, cells={})
+    error = 0.8 / math.sqrt(2 / 3)
+    assert found.relative_error == pytest.approx(error, rel=1e-5)
+    assert found.worst_drop == pytest.approx(error**2 / 2, rel=1e-5)
+    assert found.top1 is None
+    assert why_rejected(found, GATES) is not None
+    shifted = outputs([3.001], [4.001], [5.001])
+    assert why_rejected(compare_outputs(reference, shifted, meaning=Meaning.NUMBERS, cells={}), GATES) is None
+
+
+def test_of_scores_that_are_all_the_same_only_the_same_will_do() -> None:
+    reference = outputs([2.0], [2.0])
+    same = compare_outputs(reference, reference, meaning=Meaning.NUMBERS, cells={})
+    other = compare_outputs(reference, outputs([2.0], [2.01]), meaning=Meaning.NUMBERS, cells={})
+    assert same.worst_drop == 0.0
+    assert other.worst_drop > 1.0
+
+
+def test_flags_are_judged_each_by_itself() -> None:
+    reference, raised = outputs([4.0, -4.0, -2.0]), outputs([9.0, 1.0, 3.0])  # the same softmax
+    found = compare_outputs(reference * 2, raised * 2, meaning=Meaning.FLAGS, cells={})
+    assert found.top1 == 0.0
+    assert found.worst_drop > 0.1
+    assert compare_outputs(reference * 2, raised * 2, meaning=Meaning.CHOICE, cells={}).worst_drop == pytest.approx(0)
+
+
+def test_outputs_are_compared_as_what_they_mean() -> None:
+    assert as_compared(np.array([[0.0, math.log(3.0)]]), Meaning.CHOICE) == pytest.approx(np.array([[0.25, 0.75]]))
+    assert as_compared(np.array([[math.log(3.0)]]), Meaning.FLAGS) == pytest.approx(np.array([[0.75, 0.25]]))
+    assert as_compared(np.array([[1000.0, -1000.0]]), Meaning.CHOICE) == pytest.approx(np.array([[1.0, 0.0]]))
 
 
 def accuracy(**changed: Any) -> Accuracy:

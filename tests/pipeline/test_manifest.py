@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from optimize.pipeline.accuracy import Accuracy
-from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, LabelKind, Labelling, Objective, Target
+from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, LabelKind, Labelling, Meaning, Objective, Target
 from optimize.pipeline.errors import ArtifactError, ExitCode
 from optimize.pipeline.manifest import (
     FILE,
@@ -53,7 +53,7 @@ def manifest(checkpoint: Checkpoint, target: Target) -> Manifest:
     lost = Candidate("aoti", "compile-aoti", Kind.AOTI, Status.NOT_BUILT, "compile-aoti failed: no space")
     report = Report(
         SCHEMA_VERSION, "2026-01-02T03:04:05+00:00", ExitCode.EMITTED, source_of(checkpoint), host_of(target), cells,
-        Gates(), Evaluation("shipped text", "d" * 64, "mean", False, LABELLING), {"eager-bf16": "no bfloat16"},
+        Gates(), Evaluation("shipped text", "d" * 64, "mean", Meaning.VECTOR, LABELLING), {"eager-bf16": "no bfloat16"},
         (winner, lost), winner.name, Objective.LATENCY, {"build": 15.0}, Baseline(0.5, 0.1, 1 << 29),
     )  # fmt: skip
     return Manifest(SCHEMA_VERSION, Kind.ONNX, winner.recipe, {"model.onnx": "9" * 64}, accuracy, speed, report)

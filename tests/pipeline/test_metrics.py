@@ -89,6 +89,12 @@ def test_it_says_how_many_examples_would_do() -> None:
     assert stats.binomtest(0, needed).proportion_ci(0.975, method="exact").high == pytest.approx(0.001, rel=0.05)
 
 
+def test_a_rare_class_makes_macro_f1_coarser() -> None:
+    truth = [0] * 90 + [1] * 10
+    accuracy, macro = classification_metrics(answers(truth), answers(truth), truth)
+    assert macro.resolution == pytest.approx(5 * accuracy.resolution)  # 10 of 100 where a half would be 50
+
+
 def test_macro_f1_has_an_interval_where_one_wrong_answer_becomes_another() -> None:
     before, after = [1, *TRUTH[1:]], [2, *TRUTH[1:]]
     accuracy, macro = classification_metrics(answers(before), answers(after), TRUTH)

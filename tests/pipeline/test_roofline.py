@@ -70,7 +70,7 @@ def test_the_best_that_was_seen_is_remembered_for_each_host(tmp_path: Path) -> N
         ("convert-openvino", "float32"),
         ("convert-openvino,hint-openvino", "bfloat16"),
         ("convert-openvino,quantize-openvino", "int8"),
-        ("convert-openvino,quantize-openvino{mode=weights}", "float32"),
+        ("convert-openvino,quantize-openvino{mode=weights}", "int8"),
         ("export-onnx,quantize-onnx", "int8"),
     ],
 )
