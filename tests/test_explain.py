@@ -138,7 +138,7 @@ def test_what_cannot_be_explained_is_refused(tiny: Path, cli: Cli, third_party: 
     accurate = cli("explain", run, "--candidate", "cast-dtype", cache=cache)
     assert accurate.code == 0
     assert "every stage passes the gate" in accurate.output
-    gone = cli("explain", run, cache=tmp_path / "empty")
+    gone = cli("explain", run, "--cache", tmp_path / "empty")
     assert gone.code == 2
     assert "is not in the store" in gone.output
     report = json.loads((run / "report.json").read_text())
