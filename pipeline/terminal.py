@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,8 +90,9 @@ def check_writable(json_file: Path | None, *read: Path) -> None:
     if json_file is None:
         return
     for path in read:
-        if path.exists() and (json_file.resolve() == path.resolve() or path.resolve() in json_file.resolve().parents):
-            raise RequestError(f"--json {json_file} would be written over what is read", hint="name another file")
+        with suppress(OSError):  # it may be no path at all, but a hub's id
+            if path.exists() and path.resolve() in (json_file.resolve(), *json_file.resolve().parents):
+                raise RequestError(f"--json {json_file} would be written over what is read", hint="name another file")
     try:
         if json_file.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
