@@ -14,8 +14,6 @@ from optimize.pipeline.contract import Kind, Target
 from optimize.pipeline.workers import WorkerProcess
 from tests.bad_input import CASES
 
-pytestmark = pytest.mark.xdist_group("docs")  # one process makes what all of them look at
-
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]

@@ -14,8 +14,6 @@ import pytest
 from optimize.pipeline.manifest import schema
 from tests.conftest import QUICK, Cli, Outcome
 
-pytestmark = pytest.mark.xdist_group("run")  # one process makes what all of them look at
-
 # one that is accurate, two that are not: which one is emitted does not hang on this host's noise
 RECIPES = ("convert-openvino,hint-openvino", "convert-openvino,quantize-openvino", "export-onnx,quantize-onnx")
 NOISE = """

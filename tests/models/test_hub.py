@@ -20,8 +20,6 @@ from tests.models.hub_server import HubServer
 from optimize.models import hub as hub_module
 from optimize.pipeline.errors import CheckpointError, ExitCode
 
-pytestmark = pytest.mark.xdist_group("hub")  # one process makes what all of them look at
-
 SOURCES = str(Path(__file__).parents[2] / "src")
 WEIGHTS = "model-2.safetensors"
 DRIVER = """

@@ -17,8 +17,6 @@ from optimize.pipeline.batches import Encoded, load_batches, save_batches
 from optimize.pipeline.contract import Artifact, Context, Kind
 from optimize.targets.cpu import probe
 
-pytestmark = pytest.mark.xdist_group("quantize_openvino")  # one process makes what all of them look at
-
 TASK = "feature-extraction"
 FIRST_PRODUCT = "linear_0/aten.linear.default/MatMul"
 

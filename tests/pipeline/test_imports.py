@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-pytestmark = pytest.mark.xdist_group("imports")  # one process makes what all of them look at
-
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = frozenset(
     (
