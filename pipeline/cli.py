@@ -64,10 +64,10 @@ def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **opti
     console = terminal.console()
     logging.getLogger("optimize").addHandler(NoteHandler(Lines(console)))
     logging.getLogger("optimize").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    terminal.check_apart(json_file, *(Path(each) for each in (options["model"], options["data"]) if each))
     with terminal.errors_to(json_file):
         if not dry_run:
-            read = [Path(each) for each in (options["model"], options["data"]) if each]
-            terminal.check_writable(json_file, *read)
+            terminal.check_writable(json_file)
         planned = Request(**options).plan()
         if dry_run:
             console.print(planned.plan.describe(planned.store), markup=False, highlight=False, soft_wrap=True)
@@ -92,8 +92,9 @@ def verify(folder: Path, budget: str, max_load: float | None, json_file: Path | 
     from optimize.pipeline.driver import parse_budget
     from optimize.pipeline.verify import verify_folder
 
+    terminal.check_apart(json_file, folder)
     with terminal.errors_to(json_file):
-        terminal.check_writable(json_file, folder)
+        terminal.check_writable(json_file)
         result = verify_folder(folder, parse_budget(budget), max_load)
     terminal.say(result.describe())
     terminal.write_result(json_file, type(result), result)
@@ -113,8 +114,9 @@ def explain(folder: Path, candidate: str | None, cache: Path | None, json_file: 
     from optimize.pipeline.explain import Explanation
     from optimize.pipeline.explain import explain as explain_run
 
+    terminal.check_apart(json_file, folder)
     with terminal.errors_to(json_file):
-        terminal.check_writable(json_file, folder)
+        terminal.check_writable(json_file)
         found = explain_run(folder, candidate, cache)
     terminal.say(found.describe())
     terminal.write_result(json_file, Explanation, found)

@@ -85,14 +85,20 @@ def errors_to(json_file: Path | None) -> Iterator[None]:
         raise
 
 
-def check_writable(json_file: Path | None, *read: Path) -> None:
-    """Find out before a run of minutes, not after it. It must be none of the files and folders that are `read`."""
+def check_apart(json_file: Path | None, *read: Path) -> None:
+    """Refuse a --json that is one of the files, or in one of the folders, that are read: before anything is written."""
     if json_file is None:
         return
     for path in read:
         with suppress(OSError):  # it may be no path at all, but a hub's id
             if path.exists() and path.resolve() in (json_file.resolve(), *json_file.resolve().parents):
                 raise RequestError(f"--json {json_file} would be written over what is read", hint="name another file")
+
+
+def check_writable(json_file: Path | None) -> None:
+    """Find out before a run of minutes, not after it."""
+    if json_file is None:
+        return
     try:
         if json_file.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
