@@ -104,6 +104,9 @@ def _classes_by_name(rows: list[Row], features: Mapping[str, Any]) -> list[Row]:
         if isinstance(inner, dict) and "names" in inner:
             named[column] = inner["names"]
 
+    if not named:
+        return rows
+
     def name(tag: Any, names: Sequence[str]) -> Any:
         if isinstance(tag, list) and names:
             return [name(each, names) for each in tag]

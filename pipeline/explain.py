@@ -17,7 +17,7 @@ from optimize.pipeline.accuracy import cosine
 from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Artifact, Kind
 from optimize.pipeline.driver import cache_folder
-from optimize.pipeline.emit import EVIDENCE
+from optimize.pipeline.emit import EVIDENCE, EVIDENCE_FILES
 from optimize.pipeline.errors import ArtifactError, RequestError, WorkerError
 from optimize.pipeline.manifest import FILE, REPORT, Report, read_manifest, read_report
 from optimize.pipeline.store import Damage, Store
@@ -27,7 +27,6 @@ from optimize.pipeline.verify import find_checkpoint
 from optimize.pipeline.workers import WorkerProcess
 
 BATCHES = 3  # of the evaluation text that layers are compared on: 11 examples, since every layer of them is kept
-INPUTS = tuple(f"{side}{batches}.npz" for side in ("", "reference.") for batches in (TEXT, CELLS))
 SHOWN = 6  # layers in the text
 
 
@@ -150,7 +149,7 @@ def _read(folder: Path) -> tuple[Report, Path]:
             hint="a run that rejects a candidate names its folder in a note above its table",
         )
     try:
-        for name in INPUTS:
+        for name in (each for each in EVIDENCE_FILES if each.endswith(".npz")):
             load_batches(inputs / name)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ArtifactError(

@@ -77,9 +77,9 @@ def compare(
     quiet: Samples = []
     disturbed: Samples = []
     while max(len(quiet), len(disturbed)) < planned:
-        during = NoiseMeter(baseline.pid, candidate.pid)
+        begin = meter.counters()
         quad = _quad(baseline, candidate, len(cells))
-        (quiet if min(sum(during.shares()), 1.0) <= max_load else disturbed).append(quad)
+        (quiet if min(sum(meter.shares(begin)), 1.0) <= max_load else disturbed).append(quad)
         if len(quiet) > 1:
             progress(summarize(quiet, cells).overall, len(quiet), planned)
     busy = len(quiet) < MIN_QUADS

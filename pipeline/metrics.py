@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,10 +111,9 @@ def classification_metrics(
     accuracy = _share_of_right("accuracy", before == truth, after == truth)
     # an answer that was wrong and still is can be another one, which macro F1 sees too
     changed = int((before != after).sum())
-    f1 = _bootstrapped("macro F1", macro, before, after, changed)
     _, sizes = np.unique(truth, return_counts=True)
-    weight = len(truth) / (len(sizes) * int(sizes.min()))  # of an answer of the rarest class, against the mean one's
-    return accuracy, dataclasses.replace(f1, resolution=min(weight * f1.resolution, 1.0))
+    rarest = len(truth) / (len(sizes) * int(sizes.min()))
+    return accuracy, _bootstrapped("macro F1", macro, before, after, changed, weight=rarest)
 
 
 def similarity_metrics(
@@ -182,9 +180,9 @@ def tagging_metrics(
         return float(2 * right / (found + expected)) if found + expected else 0.0
 
     changed = int((counts[:, 0] != counts[:, 1]).any(axis=1).sum())
-    f1 = _bootstrapped("entity F1", entity_f1, counts[:, 0], counts[:, 1], changed, "sentences")
     having = max(int(counts.any(axis=(1, 2)).sum()), 1)  # sentences without an entity on any side say nothing
-    return dataclasses.replace(f1, resolution=min(f1.resolution * len(counts) / having, 1.0)), accuracy
+    before, after, weight = counts[:, 0], counts[:, 1], len(counts) / having
+    return _bootstrapped("entity F1", entity_f1, before, after, changed, "sentences", weight=weight), accuracy
 
 
 def answering_metrics(
@@ -242,11 +240,13 @@ def _bootstrapped(
     unit: str = "examples",
     *,
     by_width: bool = False,
+    weight: float = 1.0,
 ) -> Metric:
     """A metric whose interval comes from drawing examples anew, the same ones for both sides (percentiles).
 
     `statistic` takes one side and the rows that were drawn; where nothing `changed` there is nothing to draw. With
-    `by_width` the resolution is the interval's half width, else what no changed answer among so many leaves possible.
+    `by_width` the resolution is the interval's half width, else what no changed answer among so many leaves possible,
+    where the answer that counts most has `weight` times the mean one's.
     """
     count = len(before)
     draws = np.random.default_rng(0).integers(count, size=(RESAMPLES if changed else 0, count))
@@ -257,7 +257,7 @@ def _bootstrapped(
     drop = Interval(reference - found, float(low), float(high))
     if by_width:
         return Metric(name, reference, found, drop, None, count, (drop.high - drop.low) / 2, unit, power=0.5)
-    return Metric(name, reference, found, drop, None, count, _resolution(count), unit)
+    return Metric(name, reference, found, drop, None, count, min(weight * _resolution(count), 1.0), unit)
 
 
 def _entities(sentence: Sequence[tuple[int, int, int]], classes: Mapping[int, str]) -> list[tuple[int, int, int]]:

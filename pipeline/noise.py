@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+Counters = tuple[float, float, float, float]
 NOTABLE = 0.05  # a share of processor time that is worth a word
 
 
@@ -32,13 +33,15 @@ class NoiseMeter:
 
     def __init__(self, *pids: int) -> None:
         self._pids = (os.getpid(), *pids)
-        self._start = self._counters()
+        self._start = self.counters()
         self._load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         self._megahertz = _megahertz()
 
-    def shares(self) -> tuple[float, float]:
-        """What other processes used and what the hypervisor kept since it was made."""
-        total, busy, stolen, ours = (now - then for now, then in zip(self._counters(), self._start, strict=True))
+    def shares(self, since: Counters | None = None) -> tuple[float, float]:
+        """What other processes used and what the hypervisor kept since then; by default since it was made."""
+        total, busy, stolen, ours = (
+            now - then for now, then in zip(self.counters(), since or self._start, strict=True)
+        )
         total = max(total, 1e-9)
         return max(busy - ours, 0.0) / total, stolen / total
 
@@ -48,7 +51,7 @@ class NoiseMeter:
         clock = (before, after) if before is not None and after is not None else None
         return Noise(*self.shares(), self._load, clock, spread)
 
-    def _counters(self) -> tuple[float, float, float, float]:
+    def counters(self) -> Counters:
         """Seconds since boot, over our processors: all, busy, stolen, and used by our processes."""
         import psutil
 

@@ -11,7 +11,7 @@ import pytest
 from optimize.pipeline import measure
 from optimize.pipeline.contract import Cell
 from optimize.pipeline.measure import MIN_QUADS, Samples, Speed, compare, percentiles, spread_of_quads, summarize
-from optimize.pipeline.noise import Noise, NoiseMeter
+from optimize.pipeline.noise import Counters, Noise, NoiseMeter
 
 CELLS = (Cell(1, 32), Cell(8, 128))
 BASELINE = (0.010, 0.200)  # seconds of one call of each cell
@@ -142,7 +142,10 @@ def compare_under(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Speed,
             def __init__(self, *pids: int) -> None:
                 pass
 
-            def shares(self) -> tuple[float, float]:
+            def counters(self) -> Counters:
+                return 0.0, 0.0, 0.0, 0.0
+
+            def shares(self, since: Counters | None = None) -> tuple[float, float]:
                 return current[0], 0.0
 
             def read(self, spread: float) -> Noise:
