@@ -202,18 +202,19 @@ def _compare_layers(
     trial: Trial, before: Artifact, after: Artifact, checkpoint: Artifact
 ) -> tuple[tuple[LayerDrop, ...], str | None]:
     """The layers of `after` against those of `before`, under the names that the checkpoint's modules have."""
-    sides = []
-    for artifact in (before, after):
-        try:
-            seen = _look(trial, artifact, BATCHES)
-        except WorkerError as error:
-            return (), f"its layers cannot be looked at: {error.message}"
-        if seen is None:
-            return (), f"the layers of {artifact.kind} are compiled into one: they cannot be looked at"
-        sides.append(seen)
-    (expected, known), (found, answer) = sides
+    try:
+        with WorkerProcess(trial.scratch / "logs" / "layers.log") as worker:
+            sides = []
+            for artifact in (before, after):
+                seen = _look(trial, worker, artifact, BATCHES)
+                if seen is None:
+                    return (), f"the layers of {artifact.kind} are compiled into one: they cannot be looked at"
+                sides.append(seen)
+            (expected, known), (found, answer) = sides
+            modules = {} if after.kind == checkpoint.kind else _modules(trial, worker, checkpoint, before, known)
+    except WorkerError as error:
+        return (), f"its layers cannot be looked at: {error.message}"
     names = {name: name for name in found[0]} if before.kind == after.kind else _by_weights(known, answer)
-    modules = {} if after.kind == checkpoint.kind else _modules(trial, checkpoint, before, known)
     masks = [batch["attention_mask"] != 0 for batch in load_batches(trial.inputs / f"{TEXT}.npz")[:BATCHES]]
     drops, last = [], ""
     for name, other in names.items():
@@ -226,22 +227,25 @@ def _compare_layers(
     return tuple(drops), answer["overflow"] or remark
 
 
-def _look(trial: Trial, artifact: Artifact, count: int) -> tuple[list[Any], dict[str, Any]] | None:
-    """What an artifact computes on the way for the first `count` batches of text, and what its worker says of it."""
+def _look(
+    trial: Trial, worker: WorkerProcess, artifact: Artifact, count: int
+) -> tuple[list[Any], dict[str, Any]] | None:
+    """What an artifact computes on the way for the first `count` batches of text, and what the worker says of it."""
     out = trial.scratch / "layers.npz"
-    with WorkerProcess(trial.scratch / "logs" / f"layers-{artifact.kind}.log") as worker:
-        answer = worker.ask(
-            "layers", limit=STEP_LIMIT, kind=artifact.kind, path=str(artifact.path), task=trial.task,
-            batches=str(trial.inputs / f"{TEXT}.npz"), count=count, out=str(out),
-        )  # fmt: skip
+    answer = worker.ask(
+        "layers", limit=STEP_LIMIT, kind=artifact.kind, path=str(artifact.path), task=trial.task,
+        batches=str(trial.inputs / f"{TEXT}.npz"), count=count, out=str(out),
+    )  # fmt: skip
     return None if answer is None else (load_batches(out), answer)
 
 
-def _modules(trial: Trial, checkpoint: Artifact, before: Artifact, known: dict[str, Any]) -> dict[str, str]:
+def _modules(
+    trial: Trial, worker: WorkerProcess, checkpoint: Artifact, before: Artifact, known: dict[str, Any]
+) -> dict[str, str]:
     """Names of products in `before` -> names of the checkpoint's modules that have their weights."""
     if before.kind == checkpoint.kind:
         return {name: name for name in known["products"]}
-    seen = _look(trial, checkpoint, 1)
+    seen = _look(trial, worker, checkpoint, 1)
     return _by_weights(seen[1], known) if seen is not None else {}
 
 

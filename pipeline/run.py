@@ -9,7 +9,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from optimize.pipeline.store import Entry, Store
 from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Opened, Trial, problem_text
 from optimize.pipeline.verdict import Candidate, Status, StepReport, Throughput, choose, judge_speed, why_not_recover
 from optimize.pipeline.workers import WorkerProcess, running
+
+SWEEP = 0.25  # of a candidate's share of the budget: how long looking for its highest throughput may go on
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,16 @@ class Run:
         """
         self.progress.planned(self.plan, self.store)
         (self.folder / "plan.txt").write_text(self.plan.describe(self.store) + "\n")
-        try:
+        with ExitStack() as workers:
+            workers.callback(self._builder.end)
             with self._phase("prepare"):
                 self._prepare()
                 self._find_peaks()
-                reference = self._reference()
+                reference, baseline = self._reference(workers)
             with self._phase("build"):
                 self._build_all()
-        finally:
             self._builder.end()
-        self._try_all(reference)
+            self._try_all(reference, baseline, workers)
         (self.folder / "samples.json").write_text(json.dumps(self.samples))
         winner, code = choose(self.candidates, self.objective)
         if winner is not None:
@@ -147,18 +149,29 @@ class Run:
             self._builder.end()
             self.progress.note(f"no roofline: what this host reaches at most could not be measured: {error.message}")
 
-    def _reference(self) -> dict[str, list[Any]]:
-        """Outputs of the float32 eager model on all text and all cells; kept as reference.*.npz."""
+    def _reference(self, workers: ExitStack) -> tuple[dict[str, list[Any]], Opened | None]:
+        """Outputs of the float32 eager model on all text and all cells; kept as reference.*.npz.
+
+        Of a float32 checkpoint that model is also the baseline: it is returned, paused, and ends with `workers`.
+        """
         checkpoint, artifact = self.plan.checkpoint, self.source
         self.progress.doing("prepare", "running the float32 reference")
         try:
             if self.plan.reference is not None:
                 artifact = self._builder.build(self.plan.reference, artifact)[0].artifact
-            with self.trial.open("reference", Kind.CHECKPOINT, artifact.path).worker as worker:
-                return {
-                    batches: self.trial.outputs(worker, batches, self.folder / f"reference.{batches}.npz")[0]
+            same = self.plan.reference is None
+            opened = self.trial.open("baseline" if same else "reference", Kind.CHECKPOINT, artifact.path)
+            with ExitStack() as stack:
+                stack.enter_context(opened.worker)
+                outputs = {
+                    batches: self.trial.outputs(opened.worker, batches, self.folder / f"reference.{batches}.npz")[0]
                     for batches in (TEXT, CELLS)
                 }
+                if not same:
+                    return outputs, None
+                opened.worker.pause()
+                workers.push(stack.pop_all())
+                return outputs, opened
         except (WorkerError, PassError, ValueError) as error:
             self._check_checkpoint()
             message = f"{checkpoint.model_id}: its float32 reference does not run, so nothing can be judged"
@@ -196,26 +209,31 @@ class Run:
             self.progress.built(candidate.name, candidate.steps[-1])
         return entry
 
-    def _try_all(self, reference: Mapping[str, list[Any]]) -> None:
+    def _try_all(self, reference: Mapping[str, list[Any]], opened: Opened | None, workers: ExitStack) -> None:
         """Judge and time every artifact. The inaccurate too: what a looser gate would give is worth knowing."""
         built = [candidate for candidate in self.candidates if candidate.name in self.artifacts]
         if not built:
             return
         self._check_checkpoint()
-        with self._phase("measure"):
-            opened = self.trial.open("baseline", Kind.CHECKPOINT, self.plan.checkpoint.folder)
-        with opened.worker as baseline:
-            memory = baseline.ask("memory", limit=STEP_LIMIT)
-            baseline.pause()
-            budget = self.plan.budget / sum(not planned.recipe.after for planned in self.plan.recipes)
-            for candidate in built:
-                self._try(candidate, baseline, reference, budget)
-            self._recover(baseline, reference, budget)
-            baseline.resume()
+        if opened is None:
             with self._phase("measure"):
-                self._account_for(opened, memory)
+                opened = self.trial.open("baseline", Kind.CHECKPOINT, self.plan.checkpoint.folder)
+            workers.enter_context(opened.worker)
+            opened.worker.pause()
+        baseline = opened.worker
+        for candidate in built:
+            self._try(candidate, baseline, reference)
+        self._recover(baseline, reference)
+        baseline.resume()
+        with self._phase("measure"):
+            self._account_for(opened)
 
-    def _recover(self, baseline: WorkerProcess, reference: Mapping[str, list[Any]], budget: float) -> None:
+    @property
+    def _share(self) -> float:
+        """Seconds of the budget that each candidate has; milder recipes, which may follow, have as much each."""
+        return self.plan.budget / sum(not planned.recipe.after for planned in self.plan.recipes)
+
+    def _recover(self, baseline: WorkerProcess, reference: Mapping[str, list[Any]]) -> None:
         """Build and try what the target has ready for a recipe that proved inaccurate, until one is accurate."""
         for planned in self.plan.recipes:
             recipe = planned.recipe
@@ -232,9 +250,9 @@ class Run:
                 finally:
                     self._builder.end()  # nothing else may run while there is timing
             if candidate.name in self.artifacts:
-                self._try(candidate, baseline, reference, budget)
+                self._try(candidate, baseline, reference)
 
-    def _account_for(self, opened: Opened, memory: int) -> None:
+    def _account_for(self, opened: Opened) -> None:
         """What the baseline costs, and how near every side came to what this host can do."""
         plan, timed = self.plan, [each for each in self.candidates if each.speed is not None]
         try:
@@ -248,7 +266,7 @@ class Run:
         speeds = [each.speed.cells for each in timed if each.speed is not None]
         seconds = [statistics.median(cell.baseline_seconds for cell in cells) for cells in zip(*speeds, strict=True)]
         self.baseline = Baseline(
-            opened.load_seconds, opened.first_seconds, memory,
+            opened.load_seconds, opened.first_seconds, opened.peak_memory,
             self._roofs(seconds, plan.checkpoint.dtype, plan.checkpoint.weight_bytes) if seconds else (),
             self._throughput("baseline", opened.worker),
         )  # fmt: skip
@@ -256,7 +274,7 @@ class Run:
     def _throughput(self, name: str, worker: WorkerProcess) -> Throughput | None:
         """For information: that it fails costs no verdict."""
         try:
-            return Throughput(**worker.ask("sweep", limit=STEP_LIMIT))
+            return Throughput(**worker.ask("sweep", limit=STEP_LIMIT, within=SWEEP * self._share))
         except WorkerError as error:
             self.progress.note(f"{name}: no throughput: {error.message}")
             return None
@@ -264,9 +282,7 @@ class Run:
     def _roofs(self, seconds: Sequence[float], arithmetic: str, size: int) -> tuple[Roof, ...]:
         return roofs(self.work, seconds, arithmetic, size / self.plan.checkpoint.parameters, self.peaks)
 
-    def _try(
-        self, candidate: Candidate, baseline: WorkerProcess, reference: Mapping[str, list[Any]], budget: float
-    ) -> None:
+    def _try(self, candidate: Candidate, baseline: WorkerProcess, reference: Mapping[str, list[Any]]) -> None:
         artifact = self.artifacts[candidate.name]
         self.progress.doing(candidate.name, "comparing outputs with the reference")
         try:
@@ -276,7 +292,7 @@ class Run:
                 with self._phase("evaluate"):
                     self._evaluate(candidate, opened, reference)
                 with self._phase("measure"):
-                    self._measure(candidate, baseline, worker, budget)
+                    self._measure(candidate, baseline, worker)
         except (WorkerError, ValueError) as error:
             if not baseline.alive:
                 raise OptimizeError(f"the baseline: {error}", hint="run the same command again") from error
@@ -286,16 +302,16 @@ class Run:
 
     def _evaluate(self, candidate: Candidate, opened: Opened, reference: Mapping[str, list[Any]]) -> None:
         candidate.load_seconds, candidate.first_seconds = opened.load_seconds, opened.first_seconds
-        candidate.peak_memory = opened.worker.ask("memory", limit=STEP_LIMIT)  # before outputs pile up to be judged
+        candidate.peak_memory = opened.peak_memory
         candidate.accuracy, candidate.reason = self.trial.judge(opened.worker, reference)
         candidate.status = Status.INACCURATE if candidate.reason else Status.PASSED
         self.progress.evaluated(candidate)
 
-    def _measure(self, candidate: Candidate, baseline: WorkerProcess, worker: WorkerProcess, budget: float) -> None:
+    def _measure(self, candidate: Candidate, baseline: WorkerProcess, worker: WorkerProcess) -> None:
         self.progress.doing(candidate.name, "timing against the baseline")
         worker.pause()
         candidate.speed, self.samples[candidate.name] = compare(
-            baseline, worker, self.plan.workload, budget, self.plan.gates.max_load,
+            baseline, worker, self.plan.workload, self._share, self.plan.gates.max_load,
             lambda interval, done, planned: self.progress.measured(candidate.name, interval, done, planned),
         )  # fmt: skip
         if candidate.status == Status.PASSED:

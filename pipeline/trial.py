@@ -23,11 +23,12 @@ TEXT, CELLS = "evaluation", "cells"  # the two .npz files of inputs
 
 @dataclass(frozen=True)
 class Opened:
-    """A worker with an artifact open in it, and what opening took, in seconds."""
+    """A worker with an artifact open in it, and what that took: seconds, and bytes resident at most."""
 
     worker: WorkerProcess
     load_seconds: float
     first_seconds: float
+    peak_memory: int  # with every cell run once, before outputs pile up to be judged
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,14 @@ class Trial:
         """Open an artifact in a new worker. Raises WorkerError, and leaves no process behind then."""
         worker = WorkerProcess(self.scratch / "logs" / f"{name}.log")
         try:
-            seconds = worker.ask(
+            took = worker.ask(
                 "open", limit=STEP_LIMIT, progress=self.tick, kind=kind, path=str(path), task=self.task,
                 cores=self.cores, cells=str(self.inputs / f"{CELLS}.npz"),
             )  # fmt: skip
         except BaseException:
             worker.close()
             raise
-        return Opened(worker, seconds["load"], seconds["first"])
+        return Opened(worker, took["load"], took["first"], took["memory"])
 
     def outputs(self, worker: WorkerProcess, batches: str, out: Path) -> tuple[list[Any], float]:
         """What is judged of every example in `batches`.npz, also written to `out`; and how far two runs of one batch

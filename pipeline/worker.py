@@ -81,7 +81,7 @@ class Worker:
         return {"seconds": time.perf_counter() - start, "peak_memory": peak_memory(), "facts": facts}
 
     def open(self, kind: str, path: str, task: str, cores: int, cells: str) -> dict[str, float]:
-        """Open an artifact and run every cell once: what opening and the first call took, in seconds."""
+        """Open an artifact and run every cell once: seconds of opening and of the first call, most bytes resident."""
         from optimize.pipeline.batches import load_batches
         from optimize.targets.runtimes import open_session
 
@@ -95,7 +95,7 @@ class Worker:
         first = time.perf_counter()
         for cell in self._cells[1:]:  # so that peak memory is that of the whole workload
             self._session.run(cell)
-        return {"load": loaded - start, "first": first - loaded}
+        return {"load": loaded - start, "first": first - loaded, "memory": peak_memory()}
 
     def layers(self, kind: str, path: str, task: str, batches: str, count: int, out: str) -> dict[str, Any] | None:
         """Write what an artifact computes on the way for the first `count` batches; None where it cannot be seen."""
@@ -131,15 +131,19 @@ class Worker:
         session: Any = self._session
         return [session.work(cell) for cell in self._cells]
 
-    def sweep(self) -> dict[str, float]:
-        """The throughput of growing batches of the longest cell's rows, until it grows no more: the best of them."""
+    def sweep(self, within: float) -> dict[str, float]:
+        """The throughput of growing batches of the longest cell's rows, until it grows no more: the best of them.
+
+        No batch is begun after `within` seconds.
+        """
         import numpy as np
 
         assert self._session is not None
         longest = max(self._cells, key=lambda cell: int(cell["input_ids"].shape[1]))
         tokens = int(longest["input_ids"].shape[1])
         best, batch, idle, seconds = {"batch": 0, "tokens_per_second": 0.0}, 1, 0, 0.0
-        while idle < 2 and batch <= MAX_BATCH and seconds < MAX_CALL:
+        begun = time.perf_counter()
+        while batch <= MAX_BATCH and idle < 2 and seconds < MAX_CALL and time.perf_counter() - begun < within:
             feed = {name: np.resize(array, (batch, tokens)) for name, array in longest.items()}
             calls = []
             for _ in range(3):  # the first warms up
@@ -194,10 +198,6 @@ class Worker:
         finally:
             gc.enable()
         return samples
-
-    def memory(self) -> int:
-        """Bytes resident in this process, at most since the session was opened."""
-        return peak_memory()
 
     def _run(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         assert self._session is not None

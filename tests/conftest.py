@@ -8,12 +8,15 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from optimize.models.examples import SHIPPED
+from optimize.pipeline.roofline import measure_peaks
+from optimize.targets.cpu import probe
 
 # options for tests of everything but speed: tests run side by side, and take each other for foreign load
 QUICK = ("--workload", "1x8,2x16", "--budget", "1s", "--min-speedup", "0.0001", "--max-load", "1")
@@ -42,6 +45,7 @@ class Outcome:
 
 
 Cli = Callable[..., Outcome]
+Install = Callable[[str, dict[str, str]], None]
 MakeCheckpoint = Callable[..., Path]
 
 
@@ -60,20 +64,33 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cli(tmp_path: Path, shared_cache: Path) -> Cli:
     """Run `optimize ...` in a process of its own; `cache` and `env` replace the shared store and add variables."""
+    return partial(run_optimize, tmp_path, shared_cache)
 
-    def run(*arguments: object, cache: Path | None = None, env: dict[str, str] | None = None) -> Outcome:
-        report = tmp_path / "report.json"
-        report.unlink(missing_ok=True)
-        environment = os.environ | {"OPTIMIZE_CACHE": str(cache or shared_cache)} | (env or {})
-        json_option = [] if arguments[0] in ("cache", "passes", "targets") else ["--json", str(report)]
-        process = subprocess.run(
-            [sys.executable, "-m", "optimize.pipeline.cli", *map(str, arguments), *json_option],
-            capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600, check=False,
-        )  # fmt: skip
-        written = json.loads(report.read_text()) if report.exists() else None
-        return Outcome(process.returncode, process.stdout + process.stderr, written)
 
-    return run
+def run_optimize(
+    folder: Path, shared_cache: Path, *arguments: object, cache: Path | None = None, env: dict[str, str] | None = None
+) -> Outcome:
+    """`optimize ...` in a process of its own, in a folder which the report is written to."""
+    report = folder / "report.json"
+    report.unlink(missing_ok=True)
+    environment = os.environ | {"OPTIMIZE_CACHE": str(cache or shared_cache)} | (env or {})
+    json_option = [] if arguments[0] in ("cache", "passes", "targets") else ["--json", str(report)]
+    process = subprocess.run(
+        [sys.executable, "-m", "optimize.pipeline.cli", *map(str, arguments), *json_option],
+        capture_output=True, text=True, env=environment, cwd=folder, timeout=600, check=False,
+    )  # fmt: skip
+    written = json.loads(report.read_text()) if report.exists() else None
+    return Outcome(process.returncode, process.stdout + process.stderr, written)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A store of the test's own, with peaks of the host in it: to measure them takes seconds."""
+    folder = tmp_path / "cache"
+    target = probe()
+    operations = dict.fromkeys(target.dtypes, 1e11)
+    measure_peaks(folder, target, lambda: {"operations": operations, "bandwidth": 1e10})
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -129,19 +146,24 @@ def tiny(make_checkpoint: MakeCheckpoint) -> Path:
 
 
 @pytest.fixture
-def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, str]], None]:
+def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Install a distribution of passes, here and for child processes: takes a module's text and name -> class."""
 
     def install(code: str, passes: dict[str, str]) -> None:
-        site = tmp_path / "site"
-        info = site / "extra_passes-1.0.dist-info"
-        info.mkdir(parents=True, exist_ok=True)
-        (site / "extra_passes.py").write_text(HEADER + textwrap.dedent(code))
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: extra-passes\nVersion: 1.0\n")
-        points = "\n".join(f"{name} = extra_passes:{cls}" for name, cls in passes.items())
-        (info / "entry_points.txt").write_text(f"[optimize.passes]\n{points}\n")
+        site = write_passes(tmp_path / "site", code, passes)
         monkeypatch.setenv("PYTHONPATH", str(site))
         monkeypatch.syspath_prepend(str(site))
         monkeypatch.delitem(sys.modules, "extra_passes", raising=False)
 
     return install
+
+
+def write_passes(site: Path, code: str, passes: dict[str, str]) -> Path:
+    """Write a distribution of passes into a folder that can be put on PYTHONPATH."""
+    info = site / "extra_passes-1.0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (site / "extra_passes.py").write_text(HEADER + textwrap.dedent(code))
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: extra-passes\nVersion: 1.0\n")
+    points = "\n".join(f"{name} = extra_passes:{cls}" for name, cls in passes.items())
+    (info / "entry_points.txt").write_text(f"[optimize.passes]\n{points}\n")
+    return site

@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from optimize.pipeline.store import Damage, Store
-from tests.conftest import QUICK, Cli, MakeCheckpoint
+from tests.conftest import QUICK, Cli, Install
 
 FAULTS = """
 @dataclass(frozen=True)
@@ -48,31 +47,29 @@ class Fault(Base):
         if self.how == "empty":
             raise FileNotFoundError("nothing was written")
 """
-Install = Callable[[str, dict[str, str]], None]
 
 
-@pytest.mark.parametrize(
-    ("how", "limit", "words"),
-    [
-        ("raise", "60", ["the compiler says no", "optimize repeat", "about to raise"]),
-        ("die", "60", ["was killed by SIGSEGV during build"]),
-        ("hang", "20", ["took longer than its limit of 20 s"]),
-        ("empty", "60", ["nothing was written"]),
-    ],
-)
-def test_a_failing_step_is_named_and_costs_only_itself(
-    how: str, limit: str, words: list[str], tiny: Path, cli: Cli, third_party: Install, tmp_path: Path
+def test_failing_steps_are_named_and_cost_only_themselves(
+    tiny: Path, cli: Cli, third_party: Install, tmp_path: Path
 ) -> None:
     third_party(FAULTS, {"fault": "Fault"})
+    faults = [word for how in ("raise", "die", "hang", "empty", "nan") for word in ("--recipe", f"fault{{how={how}}}")]
     outcome = cli(
-        tiny, "--recipe", f"fault{{how={how}}}", "--recipe", "convert-openvino", *QUICK, "--out", tmp_path / "out",
-        env={"OPTIMIZE_STEP_LIMIT": limit},
+        tiny, *faults, "--recipe", "convert-openvino", *QUICK, "--out", tmp_path / "out",
+        env={"OPTIMIZE_STEP_LIMIT": "30"},
     )  # fmt: skip
     assert outcome.code == 0, outcome.output
     assert outcome.report is not None
-    assert [candidate["status"] for candidate in outcome.report["candidates"]] == ["not built", "passed"]
-    for word in words:
-        assert word in outcome.output
+    found = [candidate["status"] for candidate in outcome.report["candidates"]]
+    assert found == ["not built"] * 4 + ["inaccurate", "passed"]
+    for words in (
+        "the compiler says no", "optimize repeat", "about to raise",
+        "was killed by SIGSEGV during build",
+        "took longer than its limit of 30 s",
+        "nothing was written",
+        "last_hidden_state has", "NaN or infinite",
+    ):  # fmt: skip
+        assert words in outcome.output
 
 
 def test_nothing_built_exits_with_3_and_repeat_shows_the_failure(
@@ -90,22 +87,10 @@ def test_nothing_built_exits_with_3_and_repeat_shows_the_failure(
     assert process.returncode == 1
 
 
-def test_nan_is_rejected_and_names_the_output(tiny: Path, cli: Cli, third_party: Install, tmp_path: Path) -> None:
-    third_party(FAULTS, {"fault": "Fault"})
-    outcome = cli(tiny, "--recipe", "fault{how=nan}", *QUICK, "--out", tmp_path / "out")
-    assert outcome.code == 4, outcome.output
-    assert "last_hidden_state has" in outcome.output
-    assert "NaN or infinite" in outcome.output
-
-
-def test_the_speed_gate_has_its_own_codes(tiny: Path, cli: Cli, tmp_path: Path) -> None:
+def test_what_is_not_fast_enough_exits_with_5(tiny: Path, cli: Cli, tmp_path: Path) -> None:
     slow = cli(tiny, "--recipe", "checkpoint", *QUICK, "--min-speedup", "50", "--out", tmp_path / "out")
     assert slow.code == 5, slow.output
-    same = cli(tiny, "--recipe", "checkpoint", *QUICK, "--min-speedup", "1.0", "--out", tmp_path / "out")
-    assert same.code in (6, 5, 0)  # A/A: inconclusive, but for the share of runs that the interval allows
-    assert same.report is not None
-    interval = same.report["candidates"][0]["speed"]["overall"]
-    assert (interval["low"] <= 1 <= interval["high"]) == (same.code == 6)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
@@ -128,8 +113,7 @@ def test_a_full_disk_is_said_and_leaves_a_valid_store(
         subprocess.run(["umount", "-l", small], check=True)
 
 
-def test_a_damaged_artifact_is_reported_and_built_again(tiny: Path, cli: Cli, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
+def test_a_damaged_artifact_is_reported_and_built_again(tiny: Path, cli: Cli, cache: Path, tmp_path: Path) -> None:
     arguments = (tiny, "--recipe", "cast-dtype", *QUICK)
     first = cli(*arguments, "--out", tmp_path / "first", cache=cache)
     assert first.code in (0, 4, 6), first.output  # bfloat16 lies near the accuracy gate on this checkpoint
@@ -143,8 +127,7 @@ def test_a_damaged_artifact_is_reported_and_built_again(tiny: Path, cli: Cli, tm
     assert cli("cache", "verify", cache=cache).code == 0
 
 
-def test_two_runs_share_one_cache(tiny: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
+def test_two_runs_share_one_cache(tiny: Path, cache: Path, tmp_path: Path) -> None:
     runs = [_start(tiny, cache, tmp_path / f"out{index}", "export-onnx") for index in range(2)]
     outputs = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
@@ -153,13 +136,10 @@ def test_two_runs_share_one_cache(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", ["run", "builder", "session"])
-def test_a_kill_at_a_random_moment_leaves_a_valid_store(
-    victim: str, make_checkpoint: MakeCheckpoint, tiny: Path, tmp_path: Path
-) -> None:
+def test_a_kill_at_a_random_moment_leaves_a_valid_store(victim: str, tiny: Path, cache: Path, tmp_path: Path) -> None:
     """benchmarks/kills.py does this sixty times; here once for each victim, with a seed of its own."""
-    cache = tmp_path / "cache"
     run = _start(tiny, cache, tmp_path / "out", "export-onnx")
-    log = {"builder": "build.log", "session": "baseline.log"}.get(victim, "build.log")
+    log = {"builder": "build.log", "session": "export-onnx.log"}.get(victim, "build.log")
     _wait_for(run, cache, f"runs/*/logs/{log}")
     time.sleep(random.Random(victim).uniform(0.2, 3))
     parent = psutil.Process(run.pid)
@@ -169,13 +149,13 @@ def test_a_kill_at_a_random_moment_leaves_a_valid_store(
     assert run.returncode in (-signal.SIGKILL, 0, 1, 2, 3, 4), output
     assert not psutil.wait_procs(workers, timeout=5)[1]
     assert _damaged(cache) == []
-    after = _start(tiny, cache, tmp_path / "after", "export-onnx")
-    output, _ = after.communicate(timeout=300)
-    assert after.returncode == 0, output
+    if victim == "run":  # the others' runs have gone on
+        after = _start(tiny, cache, tmp_path / "after", "export-onnx")
+        output, _ = after.communicate(timeout=300)
+        assert after.returncode == 0, output
 
 
-def test_pruning_spares_what_a_live_run_uses(tiny: Path, cli: Cli, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
+def test_pruning_spares_what_a_live_run_uses(tiny: Path, cli: Cli, cache: Path, tmp_path: Path) -> None:
     run = _start(tiny, cache, tmp_path / "out", "cast-dtype,export-onnx")
     _wait_for(run, cache, "store/artifacts/*")
     assert "removed 0 artifacts and 0 runs" in cli("cache", "prune", "--days", "0", cache=cache).output
@@ -184,8 +164,7 @@ def test_pruning_spares_what_a_live_run_uses(tiny: Path, cli: Cli, tmp_path: Pat
     assert "removed 2 artifacts and 1 runs" in cli("cache", "prune", "--days", "0", cache=cache).output
 
 
-def test_ctrl_c_kills_the_workers_and_keeps_the_store(tiny: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
+def test_ctrl_c_kills_the_workers_and_keeps_the_store(tiny: Path, cache: Path, tmp_path: Path) -> None:
     run = _start(tiny, cache, tmp_path / "out", "export-onnx")
     _wait_for(run, cache, "store/building/*/data")
     workers = psutil.Process(run.pid).children()
@@ -199,8 +178,8 @@ def test_ctrl_c_kills_the_workers_and_keeps_the_store(tiny: Path, tmp_path: Path
     assert list(cache.glob("store/building/*")) == []
 
 
-def test_a_checkpoint_that_changes_meanwhile_poisons_nothing(tiny: Path, cli: Cli, tmp_path: Path) -> None:
-    cache, model = tmp_path / "cache", tmp_path / "model"
+def test_a_checkpoint_that_changes_meanwhile_poisons_nothing(tiny: Path, cli: Cli, cache: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
     shutil.copytree(tiny, model)
     run = _start(model, cache, tmp_path / "out", "export-onnx")
     _wait_for(run, cache, "store/building/*/data")
@@ -217,10 +196,12 @@ def test_a_checkpoint_that_changes_meanwhile_poisons_nothing(tiny: Path, cli: Cl
     ("out", 2, "is not empty any more: nothing is overwritten"),
     ("reader", 0, ""),
 ])  # fmt: skip
-def test_what_is_taken_away_under_a_run_is_said(what: str, code: int, words: str, tiny: Path, tmp_path: Path) -> None:
-    cache, out = tmp_path / "cache", tmp_path / "out"
+def test_what_is_taken_away_under_a_run_is_said(
+    what: str, code: int, words: str, tiny: Path, cache: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
     run = _start(tiny, cache, out, "export-onnx")
-    _wait_for(run, cache, "runs/*/logs/baseline.log")
+    _wait_for(run, cache, "runs/*/logs/export-onnx.log")
     if what == "cache":
         shutil.rmtree(cache)
     if what == "out":
@@ -239,15 +220,14 @@ def test_what_is_taken_away_under_a_run_is_said(what: str, code: int, words: str
     assert what != "out" or [path.name for path in out.iterdir()] == ["theirs"]
 
 
-def test_closed_descriptors_do_not_become_a_workers_pipe(tiny: Path, tmp_path: Path) -> None:
+def test_closed_descriptors_do_not_become_a_workers_pipe(tiny: Path, cache: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "optimize.pipeline.cli", str(tiny), "--recipe", "export-onnx", *QUICK]
     line = f"{shlex.join([*command, '--out', str(tmp_path / 'out')])} <&- >&- 2>&-"
-    environment = os.environ | {"OPTIMIZE_CACHE": str(tmp_path / "cache")}
+    environment = os.environ | {"OPTIMIZE_CACHE": str(cache)}
     assert subprocess.run(["bash", "-c", line], env=environment, timeout=300, check=False).returncode == 0
 
 
-def test_a_hangup_ends_a_run_like_ctrl_c(tiny: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
+def test_a_hangup_ends_a_run_like_ctrl_c(tiny: Path, cache: Path, tmp_path: Path) -> None:
     run = _start(tiny, cache, tmp_path / "out", "export-onnx")
     _wait_for(run, cache, "store/building/*/data")
     run.send_signal(signal.SIGHUP)

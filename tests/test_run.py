@@ -1,7 +1,6 @@
 """The main job on the real encoder: what is emitted, what is refused, and that nothing is built twice."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from optimize.pipeline.manifest import schema
-from tests.conftest import QUICK, Cli, Outcome
+from tests.conftest import QUICK, Cli, Install, Outcome, run_optimize
 
 # one that is accurate, two that are not: which one is emitted does not hang on this host's noise
 RECIPES = ("convert-openvino,hint-openvino", "convert-openvino,quantize-openvino", "export-onnx,quantize-onnx")
@@ -41,15 +40,9 @@ def emitted(
     minilm: Path, some_text: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Outcome]:
     """One real run of three recipes; the other tests look at what it left."""
-    out = tmp_path_factory.mktemp("emitted") / "minilm"
-    report = out.parent / "report.json"
+    folder = tmp_path_factory.mktemp("emitted")
     options = [*(word for text in RECIPES for word in ("--recipe", text)), "--data", some_text, *QUICK]
-    process = subprocess.run(
-        [sys.executable, "-m", "optimize.pipeline.cli", minilm, *options, "--out", out, "--json", report],
-        capture_output=True, text=True, env=os.environ | {"OPTIMIZE_CACHE": str(shared_cache)}, timeout=600,
-        check=False,
-    )  # fmt: skip
-    return out, Outcome(process.returncode, process.stdout + process.stderr, json.loads(report.read_text()))
+    return folder / "minilm", run_optimize(folder, shared_cache, minilm, *options, "--out", folder / "minilm")
 
 
 def test_the_run_emits_bf16_and_rejects_int8(emitted: tuple[Path, Outcome]) -> None:
@@ -203,9 +196,9 @@ def test_verify_on_another_host_does_not_judge_speed(emitted: tuple[Path, Outcom
     "recipe", ["convert-openvino,quantize-on-noise", "export-onnx,quantize-onnx{mode=static;samples=1}"]
 )
 def test_bad_calibration_is_rejected(
-    recipe: str, minilm: Path, some_text: Path, cli: Cli, third_party: object, tmp_path: Path
+    recipe: str, minilm: Path, some_text: Path, cli: Cli, third_party: Install, tmp_path: Path
 ) -> None:
-    third_party(NOISE, {"quantize-on-noise": "Noise"})  # type: ignore[operator]
+    third_party(NOISE, {"quantize-on-noise": "Noise"})
     options = ("--data", some_text, *QUICK, "--max-drop", "0.005")
     outcome = cli(minilm, "--recipe", recipe, *options, "--out", tmp_path / "out")
     assert outcome.code == 4, outcome.output

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.models.hub_server import HubServer
 
 from optimize.models.checkpoint import carried_files, id2label, max_length, resolve
 from optimize.pipeline.errors import CheckpointError
 from optimize.pipeline.store import sha256_of
+from tests.models.hub_server import HubServer
 
 MINILM_CARRIES = [
     "1_Pooling/config.json", "config.json", "config_sentence_transformers.json", "data_config.json", "modules.json",

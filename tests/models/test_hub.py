@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.models.hub_server import HubServer
 
 from optimize.models import hub as hub_module
 from optimize.pipeline.errors import CheckpointError, ExitCode
+from tests.models.hub_server import HubServer
 
 SOURCES = str(Path(__file__).parents[2] / "src")
 WEIGHTS = "model-2.safetensors"

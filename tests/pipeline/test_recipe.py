@@ -3,7 +3,6 @@
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,8 +13,7 @@ from optimize.pipeline.contract import Artifact, Context, Kind, Pass, Recipe
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.recipe import parse, parse_pass, pass_class, pass_names, pass_text, recipe_text
 from optimize.targets.cpu import RECIPES
-
-Install = Callable[[str, dict[str, str]], None]
+from tests.conftest import Install
 
 OPTIONS = """
 @dataclass(frozen=True)

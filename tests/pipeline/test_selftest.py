@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from tests.conftest import Cli
 
 from optimize.pipeline.contract import Gates
 from optimize.pipeline.measure import Speed
@@ -16,6 +15,7 @@ from optimize.pipeline.noise import Noise, NoiseMeter
 from optimize.pipeline.selftest import calibrate
 from optimize.pipeline.statistics import Interval
 from optimize.pipeline.verdict import Status, judge_speed
+from tests.conftest import Cli
 
 BUSY = "import time\nend = time.time() + 60\nwhile time.time() < end: pass"
 

@@ -18,8 +18,8 @@ import pytest
 from optimize.pipeline.contract import Target
 from optimize.pipeline.errors import OptimizeError, WorkerError
 from optimize.pipeline.workers import LOG_TAIL, WorkerProcess, running
+from tests.conftest import Install
 
-Install = Callable[[str, dict[str, str]], None]
 Build = Callable[..., Any]
 LIMIT = 30.0
 
