@@ -11,7 +11,7 @@ from typing import Any
 
 from optimize.models.hub import fetch
 from optimize.models.tasks import TASKS, infer_task, read_json
-from optimize.models.weights import Weights, inspect_weights
+from optimize.models.weights import Weights, check_home, inspect_weights
 from optimize.pipeline.contract import Checkpoint
 from optimize.pipeline.errors import CheckpointError
 from optimize.pipeline.plan import needed_memory
@@ -124,9 +124,15 @@ def max_length(folder: Path, config: Mapping[str, Any]) -> int:
 
 
 def carried_files(folder: Path) -> tuple[str, ...]:
-    """Files beside the weights that an artifact carries along, relative to `folder`, sorted."""
+    """Files beside the weights that an artifact carries along, relative to `folder`, sorted.
+
+    Raises CheckpointError for a link that leads out of it: what lies there is nobody's to publish.
+    """
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return tuple(sorted(name for name in names if CARRIED.fullmatch(name) and not name.endswith(".index.json")))
+    found = sorted(name for name in names if CARRIED.fullmatch(name) and not name.endswith(".index.json"))
+    for name in found:
+        check_home(folder / name, folder)
+    return tuple(found)
 
 
 def check_fits(weights: Weights, memory: int | None) -> None:

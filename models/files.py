@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def read_rows(data: str) -> list[Row]:
             described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
             info = described.get("info") if isinstance(described, dict) else None
             features = info.get("features") if isinstance(info, dict) else None
-            rows = _classes_by_name(table.to_pylist(), features if isinstance(features, dict) else {})
+            rows = table.to_pylist()
+            with suppress(TypeError, KeyError, AttributeError):  # metadata that are not what datasets writes
+                rows = _classes_by_name(rows, features if isinstance(features, dict) else {})
         elif path.suffix in (".jsonl", ".json", ".csv", ".parquet") or path.exists():
             state = "is not there" if not path.exists() else "is none of .jsonl, .csv, .parquet"
             raise RequestError(f"--data {data} {state}", hint="give a file, or the id of a dataset on the hub")

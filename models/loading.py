@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from optimize.models.tasks import TASKS
+from optimize.models.weights import inspect_weights
 from optimize.pipeline.errors import CheckpointError
 
 
-def load_model(folder: Path, task: str, dtype: str = "auto") -> Any:
-    """The eager model in inference mode, in `dtype` (torch's spelling) or the checkpoint's own.
+def load_model(folder: Path, task: str, dtype: str | None = None) -> Any:
+    """The eager model in inference mode, in `dtype` (torch's spelling) or that of its weights, not of its config.
 
     safetensors only, no remote code, no network. Raises CheckpointError when the checkpoint lacks weights that the
     task needs: transformers would fill them with random numbers and go on. A pooler that was never trained is left out.
@@ -20,7 +21,7 @@ def load_model(folder: Path, task: str, dtype: str = "auto") -> Any:
 
     auto_class = getattr(transformers, TASKS[task].auto_class)
     options: dict[str, Any] = {
-        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "dtype": getattr(torch, dtype or inspect_weights(folder).dtype),
         "local_files_only": True,
         "trust_remote_code": False,
         "use_safetensors": True,

@@ -105,7 +105,7 @@ def inspect_weights(folder: Path) -> Weights:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> shard, each a plain file name."""
-    _check_home(path)
+    check_home(path)
     with path.open("rb") as file:
         index = _parse_object(path, file.read(HEADER_LIMIT))
     weight_map = index.get("weight_map")
@@ -123,7 +123,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _read_header(path: Path) -> dict[str, _Tensor]:
     """Tensor name -> tensor, proved to cover the file's data exactly."""
-    _check_home(path)
+    check_home(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -197,9 +197,11 @@ def _parse_object(path: Path, text: bytes) -> dict[str, Any]:
     return value
 
 
-def _check_home(path: Path) -> None:
-    """A link may lead only to the file's own folder, or to where the hub's cache keeps the blobs of its repository."""
-    root, target = path.parent.resolve(), path.resolve()
+def check_home(path: Path, folder: Path | None = None) -> None:
+    """A link may lead only to the checkpoint's folder (if not given, the file's own), or to where the hub's cache keeps
+    the blobs of its repository. Raises CheckpointError for any other.
+    """
+    root, target = (folder or path.parent).resolve(), path.resolve()
     homes = [root]
     if root.parent.name == "snapshots":  # <cache>/models--org--name/snapshots/<revision>
         repository = root.parent.parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ def save_batches(path: Path, batches: Sequence[Mapping[str, NDArray[Any]]]) -> N
 
 
 def load_batches(path: Path) -> list[Encoded]:
-    """Read what `save_batches` wrote. Never unpickles."""
+    """Read what `save_batches` wrote. Never unpickles. Raises ValueError for anything else."""
     batches: dict[int, Encoded] = {}
-    with np.load(path, allow_pickle=False) as file:
-        for key in file.files:
-            index, name = key.split("/", 1)
-            batches.setdefault(int(index), {})[name] = file[key]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for key in file.files:
+                index, name = key.split("/", 1)
+                batches.setdefault(int(index), {})[name] = file[key]
+    except (EOFError, zipfile.BadZipFile, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} has no batches of arrays: {error}") from error
     return [batches[index] for index in sorted(batches)]

@@ -43,6 +43,25 @@ outputs = {{port.any_name: result[port] for port in model.outputs}}
 """,
 }
 
+IMPORTS = {
+    Kind.CHECKPOINT: ("torch",),
+    Kind.AOTI: ("torch",),
+    Kind.ONNX: ("onnxruntime",),
+    Kind.OPENVINO: ("openvino",),
+}
+NORMALIZE = "embeddings = embeddings / (embeddings**2).sum(-1)[:, None] ** 0.5\n"
+POOL = {  # what was judged of a sentence
+    "mean": """
+mask = inputs["attention_mask"][..., None]
+embeddings = (outputs["last_hidden_state"] * mask).sum(1) / mask.sum(1)
+"""
+    + NORMALIZE,
+    "cls": """
+embeddings = outputs["last_hidden_state"][:, 0]
+"""
+    + NORMALIZE,
+}
+
 
 def usage(report: Report, kind: Kind) -> str:
     """Python that runs the emitted folder without this package, from inside it."""
@@ -51,21 +70,29 @@ def usage(report: Report, kind: Kind) -> str:
     tensors = "pt" if kind in (Kind.CHECKPOINT, Kind.AOTI) else "np"
     auto_class = TASKS[report.checkpoint.task].auto_class
     run = RUN[kind].format(auto_class=auto_class, torch=report.host.packages.get("torch"))
-    return TOKENIZE.format(tensors=tensors) + "\n" + run
+    pooled = POOL[report.evaluation.pooling] if report.evaluation.pooling else ""
+    return TOKENIZE.format(tensors=tensors) + "\n" + run + pooled
+
+
+def install(report: Report, kind: Kind) -> str:
+    """The command that installs what `usage` imports, in the versions that it was proved with."""
+    versions = report.host.packages
+    named = [f"{name}=={versions[name]}" for name in ("transformers", *IMPORTS[kind]) if name in versions]
+    return f"pip install {' '.join(named)}"
 
 
 def model_card(report: Report, winner: Candidate) -> str:
     """README.md, as Markdown."""
     assert winner.speed is not None
     checkpoint, host = report.checkpoint, report.host
+    base = f"base_model: {checkpoint.model_id}\n" if checkpoint.revision else ""  # a folder's name is no hub id
     revision = f" at `{checkpoint.revision}`" if checkpoint.revision else ""
     cells = "\n".join(
         f"| {speed.cell} | {1e3 * speed.baseline_seconds:.2f} | {1e3 * speed.seconds:.2f} | {speed.speedup} |"
         for speed in winner.speed.cells
     )
     return f"""---
-base_model: {checkpoint.model_id}
-pipeline_tag: {checkpoint.task}
+{base}pipeline_tag: {checkpoint.task}
 ---
 
 # {checkpoint.model_id}, optimized for {host.target.name}
@@ -80,7 +107,9 @@ On {host.target.device} ({host.target.cores} cores), {report.created}:
 
 - {accuracy_text(winner)}, against the float32 model on {winner.accuracy.examples if winner.accuracy else 0} examples
   of {report.evaluation.source}; the gate was a drop of at most {report.gates.max_drop:g}.
-- {winner.speed.overall} times the speed of the eager {checkpoint.dtype} model (99% interval, geometric mean):
+- {winner.speed.overall} times the speed of the eager {checkpoint.dtype} model (99% interval, geometric mean),
+  measured while {winner.speed.noise or "nothing was noted"}; other work of up to {report.gates.max_load:.0%} was
+  allowed:
 
 | batch x tokens | eager, ms | this, ms | speedup |
 |---|---|---|---|
@@ -91,7 +120,7 @@ On {host.target.device} ({host.target.cores} cores), {report.created}:
 
 ## How to run it
 
-With nothing but its runtime, in this folder:
+With its runtime and transformers' tokenizer, in this folder (`{install(report, winner.kind)}`):
 
 ```python
 {usage(report, winner.kind)}```

@@ -58,7 +58,7 @@ def main_group() -> None:
 @click.option("--verbose", is_flag=True, help="Say more of what goes on.")
 def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **options: Any) -> int:
     """Lower MODEL (a local folder, or a hub id with an optional @revision) and emit what passes the gates."""
-    from optimize.pipeline.driver import Request
+    from optimize.pipeline.driver import Request, cache_folder
     from optimize.pipeline.progress import Lines, Live, NoteHandler
 
     console = terminal.console()
@@ -66,9 +66,14 @@ def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **opti
     logging.getLogger("optimize").setLevel(logging.DEBUG if verbose else logging.WARNING)
     terminal.check_apart(json_file, *(Path(each) for each in (options["model"], options["data"]) if each))
     with terminal.errors_to(json_file):
+        store = cache_folder(options["cache"]) / "store"
+    terminal.check_outside(json_file, options["out"] or store, store)
+    with terminal.errors_to(json_file):
         if not dry_run:
             terminal.check_writable(json_file)
         planned = Request(**options).plan()
+    terminal.check_outside(json_file, planned.out, store)
+    with terminal.errors_to(json_file):
         if dry_run:
             console.print(planned.plan.describe(planned.store), markup=False, highlight=False, soft_wrap=True)
             return ExitCode.EMITTED
@@ -218,6 +223,8 @@ def doctor(self_test: bool, budget: str, json_file: Path | None, cache_path: Pat
     """Say what this host has of what the passes and runtimes need; with --self-test, what it can measure."""
     if self_test:
         return _self_test(budget, json_file)
+    if json_file is not None:
+        raise RequestError("--json is for the self-test's result", hint="add --self-test")
     from optimize.pipeline.doctor import findings, peaks
     from optimize.pipeline.driver import cache_folder
 

@@ -81,7 +81,11 @@ class Request:
     def _recipes(self, defaults: Sequence[Recipe]) -> Sequence[Recipe]:
         """Those that were asked for, by name or as text; else the target's own."""
         named = {recipe.name: replace(recipe, after="") for recipe in defaults}
-        return [named.get(text) or parse(text) for text in self.recipes] or defaults
+        try:
+            return [named.get(text) or parse(text) for text in self.recipes] or defaults
+        except RequestError as error:
+            hint = f"{error.hint or 'see optimize passes'}; recipes of this target: {', '.join(named)}"
+            raise RequestError(error.message, hint=hint) from None
 
 
 @dataclass(frozen=True)

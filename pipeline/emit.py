@@ -32,6 +32,11 @@ def check_out(out: Path, cache: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "is not empty" if out.is_dir() else "is a file"
         raise RequestError(f"--out {out} {what}: nothing is overwritten", hint="remove it, or " + hint)
+    if out.is_mount():
+        raise RequestError(
+            f"--out {out} is a mount point: a finished folder cannot be renamed into its place",
+            hint="name a folder inside it with --out",
+        )
     parent = next(each for each in out.parents if each.exists())
     try:
         with tempfile.TemporaryFile(dir=parent):
@@ -68,7 +73,7 @@ def emit(report: Report, winner: Candidate, artifact: Artifact, run: Path, trial
         package.chmod(0o755)
         package.rename(out)
     except OSError as error:
-        if out.exists() or out.is_symlink():
+        if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
             raise RequestError(
                 f"--out {out} is not empty any more: nothing is overwritten",
                 hint="name another folder with --out; what was built is kept",

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 import tempfile
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from optimize.pipeline.accuracy import cosine
 from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Artifact, Kind
-from optimize.pipeline.driver import cache_folder
+from optimize.pipeline.driver import LIVE, cache_folder
 from optimize.pipeline.emit import EVIDENCE, EVIDENCE_FILES
 from optimize.pipeline.errors import ArtifactError, RequestError, WorkerError
 from optimize.pipeline.manifest import FILE, REPORT, Report, read_manifest, read_report
-from optimize.pipeline.store import Damage, Store
+from optimize.pipeline.store import Damage, Store, compare_digests, sha256_of
 from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Trial
 from optimize.pipeline.verdict import Candidate, Status
 from optimize.pipeline.verify import find_checkpoint
@@ -89,7 +90,7 @@ class Explanation:
             if index == self.culprit:
                 lines.append(f"    {stage.reason}")
         if self.culprit is None:
-            lines.append("every stage passes the gate on accuracy: its outputs are not why it was rejected")
+            lines.append("every stage passes the gate on accuracy")
         if self.leaves is not None and self.jump is not None:
             lines.append(f"first layer above the gate:  {self.leaves}: drop {self.leaves.drop:.2g}")
             lines.append(f"the drop grows most at:      {self.jump}: to {self.jump.drop:.2g}")
@@ -110,7 +111,15 @@ def explain(folder: Path, name: str | None, cache: Path | None) -> Explanation:
     folder, checkpoint or an artifact is gone.
     """
     report, inputs = _read(folder)
-    candidate = _candidate(report, name)
+    with ExitStack() as stack:
+        if inputs == folder:
+            stack.enter_context(_kept(folder))
+            if cache is None and folder.resolve().parent.name == "runs":
+                cache = folder.resolve().parents[1]
+        return _explain(report, inputs, _candidate(report, name), cache)
+
+
+def _explain(report: Report, inputs: Path, candidate: Candidate, cache: Path | None) -> Explanation:
     checkpoint = find_checkpoint(report.checkpoint)
     if checkpoint is None:
         raise ArtifactError(
@@ -118,8 +127,6 @@ def explain(folder: Path, name: str | None, cache: Path | None) -> Explanation:
             hint="run optimize again where it is now, then explain that run",
         )
     chain = [("checkpoint", Artifact(Kind.CHECKPOINT, checkpoint, "", ""))]
-    if cache is None and inputs == folder:
-        cache = folder.resolve().parents[1]
     chain += _artifacts(candidate, Store(cache_folder(cache) / "store"))
     with tempfile.TemporaryDirectory(prefix="optimize-explain-") as scratch:
         trial = Trial.of_report(report, inputs, Path(scratch), report.host.target.cores)
@@ -138,9 +145,28 @@ def explain(folder: Path, name: str | None, cache: Path | None) -> Explanation:
     return Explanation(candidate.name, report.gates.max_drop, tuple(stages), culprit, layers, remark)
 
 
+@contextmanager
+def _kept(run: Path) -> Iterator[None]:
+    """Hold a run's folder, so that `cache prune` leaves it alone meanwhile."""
+    try:
+        with FileLock(run / LIVE, timeout=0):
+            yield
+    except Timeout:
+        raise RequestError(f"{run} is in use", hint="wait until the run, or what explains it, is over") from None
+    except OSError:  # a folder that nobody may write to, and so nobody prunes
+        yield
+
+
 def _read(folder: Path) -> tuple[Report, Path]:
     if (folder / FILE).is_file():
-        report, inputs = read_manifest(folder).report, folder / EVIDENCE
+        manifest, inputs = read_manifest(folder), folder / EVIDENCE
+        report = manifest.report
+        expected = {f"{EVIDENCE}/{name}": manifest.files.get(f"{EVIDENCE}/{name}", "") for name in EVIDENCE_FILES}
+        found = {name: sha256_of(folder / name) for name in expected if (folder / name).is_file()}
+        if (difference := compare_digests(expected, found)) is not None:
+            raise ArtifactError(
+                f"{folder}: {difference}", hint="emit it again, or copy it again from where it is whole"
+            )
     elif (folder / REPORT).is_file():
         report, inputs = read_report(folder), folder
     else:
@@ -151,7 +177,7 @@ def _read(folder: Path) -> tuple[Report, Path]:
     try:
         for name in (each for each in EVIDENCE_FILES if each.endswith(".npz")):
             load_batches(inputs / name)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(
             f"{inputs / name} cannot be read: {error}",
             hint="run the same optimize command again, then explain that run",
@@ -175,6 +201,8 @@ def _candidate(report: Report, name: str | None) -> Candidate:
 
 
 def _artifacts(candidate: Candidate, store: Store) -> list[tuple[str, Artifact]]:
+    if candidate.status is Status.NOT_BUILT:
+        raise RequestError(f"{candidate.name} was not built: {candidate.reason}", hint="its log is in the run's folder")
     found = []
     for step in candidate.steps:
         entry = store.get(step.key)
@@ -184,8 +212,6 @@ def _artifacts(candidate: Candidate, store: Store) -> list[tuple[str, Artifact]]
                 hint="run the same optimize command again, then explain that run",
             )
         found.append((step.text, entry.artifact))
-    if not candidate.steps and candidate.status is Status.NOT_BUILT:
-        raise RequestError(f"{candidate.name} was not built: {candidate.reason}", hint="its log is in the run's folder")
     return found
 
 

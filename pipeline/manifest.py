@@ -167,7 +167,7 @@ def _read(path: Path, kind: Any) -> Any:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ArtifactError(f"{path} is not a valid {kind.__name__.lower()}: {where}: {first['msg']}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} is not a valid {kind.__name__.lower()}: {type(error).__name__}: {error}") from None
 
 

@@ -82,7 +82,7 @@ class Plan:
             f"{checkpoint.parameters / 1e6:.1f} M parameters, {checkpoint.dtype})",
             f"target      {self.target.name}: {self.target.device}, {self.target.cores} cores, "
             f"{self.target.memory / 2**30:.0f} GiB; {', '.join(self.target.features) or 'no vector extensions known'}",
-            f"workload    {', '.join(map(str, self.workload))} (batch x tokens), measured for {self.budget:.0f} s",
+            f"workload    {', '.join(map(str, self.workload))} (batch x tokens), timed for about {self.budget:.0f} s",
             f"evaluation  {self.evaluation}",
             f"gates       drop at most {gates.max_drop:g}, speedup above {gates.min_speedup:g}, "
             f"foreign load at most {gates.max_load:g}",

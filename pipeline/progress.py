@@ -61,6 +61,9 @@ class Lines(Progress):
     def planned(self, plan: Plan, store: Store) -> None:
         self._say(plan.describe(store) + "\n", stamp=False)
 
+    def doing(self, name: str, what: str) -> None:
+        self._say(f"{name}: {what} ...")
+
     def built(self, name: str, step: StepReport) -> None:
         self._say(f"{name}: {step.text} {built_text(step)}")
 

@@ -28,7 +28,7 @@ NEXT = {
     ExitCode.NOT_BUILT: "each failure above names its log and the command that repeats the step alone",
     ExitCode.NOT_ACCURATE: "a looser --max-drop, other recipes (--recipe), or --data like your own text",
     ExitCode.NOT_FASTER: "another --workload, a looser --max-drop, or a lower --min-speedup",
-    ExitCode.INCONCLUSIVE: "a larger --budget, a quieter host, or another --min-speedup",
+    ExitCode.INCONCLUSIVE: "a quieter host (or --max-load), a larger --budget, or another --min-speedup",
 }
 
 
@@ -52,8 +52,14 @@ def print_report(console: Console, report: Report, out: Path) -> None:
     console.print(f"time: {phases}", highlight=False)
     if report.emitted is None:
         code = ExitCode(report.exit_code)
-        console.print(f"\nnothing emitted (exit code {code:d}): {OUTCOMES[code]}", style="bold red", highlight=False)
-        console.print(f"what would help: {NEXT[code]}", highlight=False)
+        outcome, help_ = OUTCOMES[code], NEXT[code]
+        if code is ExitCode.NOT_ACCURATE and not any(each.status is Status.INACCURATE for each in report.candidates):
+            outcome, help_ = (
+                "nothing that was built runs to its end",
+                "the reasons above; or run the same command again",
+            )
+        console.print(f"\nnothing emitted (exit code {code:d}): {outcome}", style="bold red", highlight=False)
+        console.print(f"what would help: {help_}", highlight=False)
         return
     console.print(f"\nemitted [bold green]{report.emitted}[/] to {out}", highlight=False, soft_wrap=True)
     console.print(f"  use it:     import optimize; model = optimize.load({str(out)!r})", markup=False, soft_wrap=True)

@@ -96,8 +96,9 @@ class Run:
                 emit(self._report(winner, code), winner, self.artifacts[winner.name], self.folder, self.trial, out)
         report = self._report(winner, code)
         (self.folder / REPORT).write_text(to_json(report))
-        if any(candidate.status in (Status.INACCURATE, Status.BROKEN) for candidate in self.candidates):
-            command = f"optimize explain {shlex.quote(str(self.folder))} [--candidate NAME]"
+        rejected = [each.name for each in self.candidates if each.status in (Status.INACCURATE, Status.BROKEN)]
+        if rejected:
+            command = f"optimize explain {shlex.quote(str(self.folder))} --candidate {shlex.quote(rejected[0])}"
             self.progress.note(f"where outputs leave the reference: {command}")
         return report
 
@@ -215,7 +216,7 @@ class Run:
         if not built:
             return
         self._check_checkpoint()
-        if opened is None:
+        if opened is None or not opened.worker.alive:  # nothing has been timed against it yet
             with self._phase("measure"):
                 opened = self.trial.open("baseline", Kind.CHECKPOINT, self.plan.checkpoint.folder)
             workers.enter_context(opened.worker)
@@ -372,7 +373,7 @@ def _unusable(message: str, error: Exception, hint: str) -> OptimizeError:
     """A refusal of the checkpoint; but where a process was killed or hung, the checkpoint is not to blame."""
     cause = error if isinstance(error, WorkerError) else error.__cause__
     if isinstance(cause, WorkerError) and cause.kind != "error":
-        return OptimizeError(f"{message}: {cause.message}", hint="run the same command again")
+        return OptimizeError(cause.message, hint="run the same command again")
     return RequestError(f"{message}: {error}", hint=hint)
 
 

@@ -95,6 +95,13 @@ def check_apart(json_file: Path | None, *read: Path) -> None:
                 raise RequestError(f"--json {json_file} would be written over what is read", hint="name another file")
 
 
+def check_outside(json_file: Path | None, out: Path, store: Path) -> None:
+    """Refuse a --json that would change an emitted folder, or an artifact, after its digests were written down."""
+    for folder, what in ((out, "the folder that is emitted"), (store, "the store")):
+        if json_file is not None and folder.resolve() in (json_file.resolve(), *json_file.resolve().parents):
+            raise RequestError(f"--json {json_file} lies in {what}", hint="name another file")
+
+
 def check_writable(json_file: Path | None) -> None:
     """Find out before a run of minutes, not after it."""
     if json_file is None:

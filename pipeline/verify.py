@@ -15,10 +15,12 @@ from optimize.pipeline.emit import EVIDENCE, EVIDENCE_FILES
 from optimize.pipeline.errors import ArtifactError, ExitCode, OptimizeError, OutputError, WorkerError
 from optimize.pipeline.manifest import FILE, Manifest, Source, read_manifest
 from optimize.pipeline.measure import Speed, compare
+from optimize.pipeline.statistics import Interval
 from optimize.pipeline.store import compare_digests, digest_files, sha256_of
 from optimize.pipeline.trial import CELLS, TEXT, Trial, problem_text
 from optimize.pipeline.verdict import Status, judge_speed
 
+MAX_PATH = 4096  # characters, as Linux has it: asking for a longer one raises
 SPEED_CODES = {
     Status.PASSED: ExitCode.EMITTED,
     Status.NOT_FASTER: ExitCode.NOT_FASTER,
@@ -38,6 +40,8 @@ class Verification:
     rejected: str | None
     speed: Speed | None
     remark: str | None  # on speed: why it was not measured, or what was found
+    emitted: Interval  # the speedup that the folder was emitted with, which is not asked for again
+    min_speedup: float
 
     def describe(self) -> str:
         """As lines for a terminal."""
@@ -49,6 +53,8 @@ class Verification:
             *(f"          {metric}" for metric in self.accuracy.metrics),
             f"speed     {self.speed.overall if self.speed else 'not measured'}"
             + (f": {self.remark}" if self.remark else ""),
+            f"          emitted with {self.emitted}; asked for is above {self.min_speedup:g}"
+            + (f"; now {self.speed.noise}" if self.speed and self.speed.noise else ""),
         ]
         if not self.same_host:
             lines.append(
@@ -82,8 +88,8 @@ def verify_folder(folder: Path, budget: float, max_load: float | None = None) ->
     with tempfile.TemporaryDirectory(prefix="optimize-verify-") as scratch:
         evidence = folder / EVIDENCE
         trial = Trial.of_report(report, evidence, Path(scratch), host.cores)
-        reference = {name: load_batches(evidence / f"reference.{name}.npz") for name in (TEXT, CELLS)}
         try:
+            reference = {name: load_batches(evidence / f"reference.{name}.npz") for name in (TEXT, CELLS)}
             with trial.open("artifact", manifest.kind, folder).worker as worker:
                 accuracy, rejected = trial.judge(worker, reference)
                 worker.pause()
@@ -105,7 +111,10 @@ def verify_folder(folder: Path, budget: float, max_load: float | None = None) ->
     if speed is not None and same_host:
         status, remark = judge_speed(speed, report.gates)
         code = SPEED_CODES[status]
-    return Verification(code, len(found), host, same_host, accuracy, rejected, speed, remark)
+    return Verification(
+        code, len(found), host, same_host, accuracy, rejected, speed, remark,
+        manifest.speed.overall, report.gates.min_speedup,
+    )  # fmt: skip
 
 
 def _speed(trial: Trial, manifest: Manifest, worker: object, budget: float) -> tuple[Speed | None, str | None]:
@@ -121,6 +130,8 @@ def _speed(trial: Trial, manifest: Manifest, worker: object, budget: float) -> t
 def find_checkpoint(source: Source) -> Path | None:
     """The folder of the checkpoint that was lowered, if it is on this host and has the same bytes."""
     folder = Path(source.folder)
+    if not source.files or len(source.folder) > MAX_PATH:
+        return None
     if not folder.is_dir() and source.revision is not None:
         hub = importlib.import_module("optimize.models.hub")
         try:

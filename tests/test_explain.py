@@ -147,11 +147,21 @@ def test_what_cannot_be_explained_is_refused(rejected: Rejected, tmp_path: Path)
     shutil.copytree(rejected.folder, without)
     report = json.loads((without / "report.json").read_text())
     (without / "report.json").write_text(json.dumps(report | {"candidates": []}))
+    unbuilt = shutil.copytree(rejected.folder, tmp_path / "unbuilt")
+    report["candidates"][0]["status"] = "not built"
+    (unbuilt / "report.json").write_text(json.dumps(report))
+    damaged = shutil.copytree(rejected.out, tmp_path / "damaged")
+    (damaged / "evidence" / "reference.cells.npz").write_bytes(b"")
+    cut = shutil.copytree(rejected.folder, tmp_path / "cut")
+    (cut / "reference.cells.npz").write_bytes(b"")
     for folder, options, words in (
         (empty, (), "neither report.json nor optimize.json"),
         (rejected.folder, ("--candidate", "nothing"), "there is no candidate 'nothing'"),
         (rejected.folder, ("--cache", empty), "is not in the store"),
         (without, (), "no candidate of this run was rejected"),
+        (unbuilt, ("--candidate", MOVED), "was not built"),
+        (damaged, (), "evidence/reference.cells.npz is changed"),
+        (cut, (), "has no batches of arrays"),
     ):
         found = rejected.ask("explain", folder, *options)
         assert found.code == 2, found.output

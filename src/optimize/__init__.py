@@ -27,9 +27,10 @@ def load(folder: str | Path) -> LoadedModel:
 
 
 def compile(model: str | Path, *, json: str | Path | None = None, **options: Any) -> Report:
-    """`optimize MODEL` as a function: options are those of the command line, with underscores.
+    """`optimize MODEL` as a function, without a word while it works.
 
-    `recipes` is a recipe text or a sequence of them; `budget` may be seconds; `out` and `cache` are paths. Returns the
+    Options are the fields of optimize.pipeline.driver.Request: target, task, data, out, recipes (one or a sequence),
+    max_drop, min_speedup, max_load (numbers), workload, budget (text, or seconds), objective, cache. Returns the
     report, whose `exit_code` is the command's; raises optimize.pipeline.errors.RequestError for what cannot be planned.
     """
     from optimize.pipeline.driver import Request

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from optimize.models.checkpoint import carried_files, id2label, max_length, resolve
+from optimize.models.loading import load_model
 from optimize.pipeline.errors import CheckpointError
 from optimize.pipeline.store import sha256_of
 from tests.models.hub_server import HubServer
@@ -84,6 +85,23 @@ def test_carries_configuration_and_tokenizer_never_weights_or_code(tmp_path: Pat
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert list(carried_files(tmp_path)) == sorted(carried)
+
+
+def test_refuses_a_carried_file_that_lies_elsewhere(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "private.txt").write_text("nobody's to publish")
+    (copy / "notes.txt").symlink_to(tmp_path / "private.txt")
+    with pytest.raises(CheckpointError, match="a link that leaves the checkpoint's folder"):
+        resolve(str(copy))
+
+
+def test_weights_are_loaded_in_their_own_dtype_whatever_the_configuration_says(tiny: Path, tmp_path: Path) -> None:
+    import torch
+
+    folder = shutil.copytree(tiny, tmp_path / "contradictory")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}))
+    assert resolve(str(folder)).dtype == "float32"
+    assert load_model(folder, "feature-extraction").dtype is torch.float32
 
 
 def test_refuses_a_configuration_that_names_other_weights(copy: Path) -> None:
