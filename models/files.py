@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,7 @@ def read_rows(data: str) -> list[Row]:
             described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
             info = described.get("info") if isinstance(described, dict) else None
             features = info.get("features") if isinstance(info, dict) else None
-            rows = table.to_pylist()
-            with suppress(TypeError, KeyError, AttributeError):  # metadata that are not what datasets writes
-                rows = _classes_by_name(rows, features if isinstance(features, dict) else {})
+            rows = _classes_by_name(table.to_pylist(), features if isinstance(features, dict) else {})
         elif path.suffix in (".jsonl", ".json", ".csv", ".parquet") or path.exists():
             state = "is not there" if not path.exists() else "is none of .jsonl, .csv, .parquet"
             raise RequestError(f"--data {data} {state}", hint="give a file, or the id of a dataset on the hub")
@@ -104,7 +101,7 @@ def _classes_by_name(rows: list[Row], features: Mapping[str, Any]) -> list[Row]:
     named: dict[str, Sequence[str]] = {}
     for column, feature in features.items():
         inner = feature.get("feature", feature) if isinstance(feature, dict) else None
-        if isinstance(inner, dict) and "names" in inner:
+        if isinstance(inner, dict) and isinstance(inner.get("names"), list):  # else no metadata of the library's
             named[column] = inner["names"]
 
     if not named:

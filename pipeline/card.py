@@ -77,7 +77,8 @@ def usage(report: Report, kind: Kind) -> str:
 def install(report: Report, kind: Kind) -> str:
     """The command that installs what `usage` imports, in the versions that it was proved with."""
     versions = report.host.packages
-    named = [f"{name}=={versions[name]}" for name in ("transformers", *IMPORTS[kind]) if name in versions]
+    wanted = [name for name in ("transformers", *IMPORTS[kind]) if name in versions]
+    named = [f"{name}=={versions[name].partition('+')[0]}" for name in wanted]  # without a build's own label
     return f"pip install {' '.join(named)}"
 
 

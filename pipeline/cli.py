@@ -67,7 +67,7 @@ def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **opti
     terminal.check_apart(json_file, *(Path(each) for each in (options["model"], options["data"]) if each))
     with terminal.errors_to(json_file):
         store = cache_folder(options["cache"]) / "store"
-    terminal.check_outside(json_file, options["out"] or store, store)
+    terminal.check_outside(json_file, options["out"], store)
     with terminal.errors_to(json_file):
         if not dry_run:
             terminal.check_writable(json_file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from optimize.pipeline.driver import LIVE, cache_folder
 from optimize.pipeline.emit import EVIDENCE, EVIDENCE_FILES
 from optimize.pipeline.errors import ArtifactError, RequestError, WorkerError
 from optimize.pipeline.manifest import FILE, REPORT, Report, read_manifest, read_report
-from optimize.pipeline.store import Damage, Store, compare_digests, sha256_of
+from optimize.pipeline.store import Damage, Store, check_files
 from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Trial
 from optimize.pipeline.verdict import Candidate, Status
 from optimize.pipeline.verify import find_checkpoint
@@ -111,12 +111,13 @@ def explain(folder: Path, name: str | None, cache: Path | None) -> Explanation:
     folder, checkpoint or an artifact is gone.
     """
     report, inputs = _read(folder)
-    with ExitStack() as stack:
-        if inputs == folder:
-            stack.enter_context(_kept(folder))
-            if cache is None and folder.resolve().parent.name == "runs":
-                cache = folder.resolve().parents[1]
-        return _explain(report, inputs, _candidate(report, name), cache)
+    candidate = _candidate(report, name)
+    if inputs != folder:
+        return _explain(report, inputs, candidate, cache)
+    if cache is None and folder.resolve().parent.name == "runs":
+        cache = folder.resolve().parents[1]
+    with _kept(folder):
+        return _explain(report, inputs, candidate, cache)
 
 
 def _explain(report: Report, inputs: Path, candidate: Candidate, cache: Path | None) -> Explanation:
@@ -148,25 +149,25 @@ def _explain(report: Report, inputs: Path, candidate: Candidate, cache: Path | N
 @contextmanager
 def _kept(run: Path) -> Iterator[None]:
     """Hold a run's folder, so that `cache prune` leaves it alone meanwhile."""
+    lock = FileLock(run / LIVE, timeout=0)
     try:
-        with FileLock(run / LIVE, timeout=0):
-            yield
+        lock.acquire()
     except Timeout:
         raise RequestError(f"{run} is in use", hint="wait until the run, or what explains it, is over") from None
     except OSError:  # a folder that nobody may write to, and so nobody prunes
+        pass
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _read(folder: Path) -> tuple[Report, Path]:
     if (folder / FILE).is_file():
         manifest, inputs = read_manifest(folder), folder / EVIDENCE
         report = manifest.report
-        expected = {f"{EVIDENCE}/{name}": manifest.files.get(f"{EVIDENCE}/{name}", "") for name in EVIDENCE_FILES}
-        found = {name: sha256_of(folder / name) for name in expected if (folder / name).is_file()}
-        if (difference := compare_digests(expected, found)) is not None:
-            raise ArtifactError(
-                f"{folder}: {difference}", hint="emit it again, or copy it again from where it is whole"
-            )
+        names = [f"{EVIDENCE}/{name}" for name in EVIDENCE_FILES]
+        check_files(folder, {name: manifest.files.get(name, "") for name in names})
     elif (folder / REPORT).is_file():
         report, inputs = read_report(folder), folder
     else:

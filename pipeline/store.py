@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from optimize.pipeline.contract import Artifact, Kind, StepFacts
+from optimize.pipeline.errors import ArtifactError
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,13 @@ def compare_digests(expected: dict[str, str], found: dict[str, str]) -> str | No
                 f"{path} is {'missing' if path not in found else 'unexpected' if path not in expected else 'changed'}"
             )
     return None
+
+
+def check_files(folder: Path, expected: dict[str, str]) -> None:
+    """Raise ArtifactError unless `folder` has these files with these digests; others may lie there too."""
+    found = {name: sha256_of(folder / name) for name in expected if (folder / name).is_file()}
+    if (difference := compare_digests(expected, found)) is not None:
+        raise ArtifactError(f"{folder}: {difference}", hint="emit it again, or copy it again from where it is whole")
 
 
 class Store:

@@ -91,15 +91,20 @@ def check_apart(json_file: Path | None, *read: Path) -> None:
         return
     for path in read:
         with suppress(OSError):  # it may be no path at all, but a hub's id
-            if path.exists() and path.resolve() in (json_file.resolve(), *json_file.resolve().parents):
+            if path.exists() and _within(json_file, path):
                 raise RequestError(f"--json {json_file} would be written over what is read", hint="name another file")
 
 
-def check_outside(json_file: Path | None, out: Path, store: Path) -> None:
+def check_outside(json_file: Path | None, out: Path | None, store: Path) -> None:
     """Refuse a --json that would change an emitted folder, or an artifact, after its digests were written down."""
     for folder, what in ((out, "the folder that is emitted"), (store, "the store")):
-        if json_file is not None and folder.resolve() in (json_file.resolve(), *json_file.resolve().parents):
+        if json_file is not None and folder is not None and _within(json_file, folder):
             raise RequestError(f"--json {json_file} lies in {what}", hint="name another file")
+
+
+def _within(path: Path, other: Path) -> bool:
+    """Whether a path is another one, or lies in it."""
+    return path.resolve().is_relative_to(other.resolve())
 
 
 def check_writable(json_file: Path | None) -> None:

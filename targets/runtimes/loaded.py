@@ -14,9 +14,8 @@ from transformers import modeling_outputs
 
 from optimize.models.checkpoint import max_length, read_config
 from optimize.models.tasks import TASKS
-from optimize.pipeline.errors import ArtifactError
 from optimize.pipeline.manifest import Manifest, read_manifest
-from optimize.pipeline.store import compare_digests, sha256_of
+from optimize.pipeline.store import check_files
 from optimize.targets.runtimes import open_session
 
 
@@ -108,10 +107,7 @@ def load(folder: Path) -> LoadedModel:
     """Open an emitted folder after checking every file that is used. Raises ArtifactError if one is damaged."""
     manifest = read_manifest(folder)
     used = {name: digest for name, digest in manifest.files.items() if not name.startswith("evidence/")}
-    found = {name: sha256_of(folder / name) for name in used if (folder / name).is_file()}
-    difference = compare_digests(used, found)
-    if difference is not None:
-        raise ArtifactError(f"{folder}: {difference}", hint="emit it again, or copy it again from where it is whole")
+    check_files(folder, used)
     return LoadedModel(folder, manifest)
 
 
