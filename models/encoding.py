@@ -28,7 +28,7 @@ def encode(
     tokenizer that cannot tell it.
     """
     split = bool(rows) and "tokens" in rows[0]
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     spans = labelled and bool(rows) and "context" in rows[0]
     if (split or spans) and not tokenizer.is_fast:
         raise RequestError(
@@ -87,7 +87,7 @@ def _context_offsets(encoded: Any, cls: int | None) -> Any:
 
 def encode_cells(folder: Path, rows: Sequence[Row], cells: Iterable[tuple[int, int]]) -> list[Encoded]:
     """One batch for each cell (batch, sequence): running text, cut to exactly that length, with no padding."""
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     texts = [value if isinstance(value, str) else " ".join(value) for row in rows for value in row.values()]
     batches = []
     for batch, sequence in cells:
@@ -101,7 +101,8 @@ def encode_cells(folder: Path, rows: Sequence[Row], cells: Iterable[tuple[int, i
     return batches
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """A checkpoint's own; its code is never run."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

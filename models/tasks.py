@@ -43,10 +43,19 @@ class Task:
     output_class: str  # of transformers.modeling_outputs
     meaning: Meaning = Meaning.VECTOR  # of the outputs; a classifier's config may say otherwise: see output_meaning
     labelled: Labelled | None = None  # what the task's own metrics are computed on
+    workload: str = "1x32,1x128,8x128"  # cells that are measured, if none are asked for
+    max_drop: float = 0.001  # what may be lost, if nothing else is asked for
+    budget: str = "3m"  # for measuring all candidates together
+
+    @property
+    def generates(self) -> bool:
+        """Whether it is a language model's, which writes on."""
+        return self.meaning is Meaning.NEXT
 
 
 HIDDEN = {"last_hidden_state": (BATCH, SEQUENCE, FEATURES)}
-GENERATES = ("HeadModel", "HeadsModel")  # endings of language models' names, which are not encoders
+GENERATES = ("ForCausalLM", "LMHeadModel")  # endings of the names of language models that write on
+HEADS = ("HeadModel", "HeadsModel")  # endings of names that are no bare encoders'
 PER_TOKEN = {"logits": (BATCH, SEQUENCE, FEATURES)}
 
 TASKS = {
@@ -79,6 +88,10 @@ TASKS = {
             meaning=Meaning.CHOICE,
             labelled=Labelled(LabelKind.ANSWERS, ("question", "context"), ("answers", "answer")),
         ),
+        Task(
+            "text-generation", "AutoModelForCausalLM", GENERATES, ("text",), {}, "CausalLMOutputWithPast",
+            meaning=Meaning.NEXT, workload="1x32+32,1x512+16,4x32+16", max_drop=0.01, budget="10m",
+        ),
     )
 }  # fmt: skip
 
@@ -102,7 +115,8 @@ def infer_task(folder: Path, architecture: str) -> str:
     if (folder / "modules.json").is_file():  # written by sentence-transformers
         return "sentence-similarity"
     for task in TASKS.values():
-        if architecture.endswith(task.architectures) and not architecture.endswith(GENERATES):
+        bare = task.auto_class == "AutoModel"
+        if architecture.endswith(task.architectures) and not (bare and architecture.endswith(HEADS)):
             return task.name
     raise CheckpointError(
         f"no task is known for architecture {architecture}",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from optimize.models.encoding import load_tokenizer
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
+from optimize.models.tasks import TASKS
 from optimize.pipeline.contract import Artifact, Context, Kind, Pass
 
 IR = "openvino_model.xml"
+TOKENIZERS = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")
 RUNTIME_OPTIONS = "runtime.json"  # properties that the runtime compiles the model with; OpenVINO has no place for them
 
 
@@ -35,13 +39,22 @@ class ConvertOpenvino(Pass):
         import openvino
         from transformers.exporters.configs import OpenVINOConfig
         from transformers.exporters.exporter_openvino import OpenVINOExporter
+        from transformers.exporters.utils import decompose_for_generation
 
         model = load_model(source.path, context.task, "float32")
         inputs = sample_inputs(source.path)
-        config = OpenVINOConfig(dynamic=True, dynamic_shapes=dynamic_shapes(source.path, inputs))
+        if TASKS[context.task].generates:
+            # one program for prompts and steps alike, which keeps its KV cache itself: what openvino-genai runs
+            prompts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            model, inputs = decompose_for_generation(model, prompts, multi_token_decode=True)["decode"]
+            config = OpenVINOConfig(dynamic=True)
+        else:
+            config = OpenVINOConfig(dynamic=True, dynamic_shapes=dynamic_shapes(source.path, inputs))
         program = OpenVINOExporter().export(model, inputs, config=config).program
         openvino.save_model(program, out / IR, compress_to_fp16=False)
         write_runtime_options(out, "f32")
+        if TASKS[context.task].generates:
+            save_tokenizers(source.path, out)
         return {"operations": len(program.get_ordered_ops())}
 
     def ensures(self, out: Path) -> None:
@@ -50,6 +63,21 @@ class ConvertOpenvino(Pass):
         for port in openvino.Core().read_model(out / IR).inputs:
             if not all(dimension.is_dynamic for dimension in port.partial_shape):
                 raise ValueError(f"{port.any_name} has a fixed shape {port.partial_shape}")
+
+
+def save_tokenizers(folder: Path, out: Path) -> None:
+    """The checkpoint's tokenizer as two graphs, which openvino-genai runs."""
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
+
+    for name, graph in zip(TOKENIZERS, convert_tokenizer(load_tokenizer(folder), with_detokenizer=True), strict=True):
+        openvino.save_model(graph, out / name, compress_to_fp16=False)
+
+
+def carry_tokenizers(folder: Path, out: Path) -> None:
+    """Copy the tokenizers along, where there are any."""
+    for path in (each for name in TOKENIZERS for each in folder.glob(Path(name).stem + ".*")):
+        shutil.copyfile(path, out / path.name)
 
 
 def write_runtime_options(out: Path, precision: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from optimize.passes.convert_openvino import IR, write_runtime_options
+from optimize.passes.convert_openvino import IR, carry_tokenizers, write_runtime_options
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 
 
@@ -38,4 +38,5 @@ class HintOpenvino(Pass):
 
         openvino.save_model(openvino.Core().read_model(source.path / IR), out / IR, compress_to_fp16=True)
         write_runtime_options(out, self.precision)
+        carry_tokenizers(source.path, out)
         return {}

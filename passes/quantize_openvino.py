@@ -9,13 +9,15 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from optimize.models.tasks import TASKS
 from optimize.passes._sensitivity import SAMPLES, check_options, noisiest
-from optimize.passes.convert_openvino import IR, write_runtime_options
+from optimize.passes.convert_openvino import IR, carry_tokenizers, write_runtime_options
 from optimize.pipeline.batches import Encoded, load_batches
-from optimize.pipeline.contract import Artifact, Context, Kind, Pass
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 
 # how much of an outlying activation channel moves into the weights: NNCF's own 0.95 leaves them too coarse
 SMOOTHING = 0.85
+WINDOWS = 16  # of calibration text that scales of int4 are estimated on
 
 
 @dataclass(frozen=True)
@@ -33,20 +35,26 @@ class QuantizeOpenvino(Pass):
     version: ClassVar = 3
     tools: ClassVar = ("openvino", "nncf")
 
-    mode: Literal["static", "weights"] = "static"
+    mode: Literal["static", "weights", "int4"] = "static"
     samples: int = 128
     keep: int = 0
+    group: int = 32  # of mode int4: weights that share a scale
 
     def __post_init__(self) -> None:
         check_options(self.name, samples=self.samples, keep=self.keep, ranks=self.mode == "static")
 
     @property
     def calibrated(self) -> bool:
-        return self.mode == "static"
+        return self.mode != "weights"
 
     @property
     def arithmetic(self) -> str | None:
         return "int8"  # of weights alone too: there OpenVINO quantizes activations as they come
+
+    def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
+        if self.mode == "static" and TASKS[checkpoint.task].generates:
+            return "int8 activations of language models are not written yet: mode=weights or mode=int4"
+        return None
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         import nncf
@@ -57,12 +65,13 @@ class QuantizeOpenvino(Pass):
         kept: list[str] = []
         if self.mode == "weights":
             model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+        elif self.mode == "int4":
+            model = nncf.compress_weights(
+                model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=self.group, ratio=1.0,
+                dataset=nncf.Dataset(_feeds(model, context.calibration)[:WINDOWS]), scale_estimation=True,
+            )  # fmt: skip
         else:
-            if context.calibration is None:
-                raise RuntimeError("static quantization needs calibration data")
-            names = {port.any_name for port in model.inputs}
-            batches = load_batches(context.calibration)[: self.samples]
-            feeds = [{name: array for name, array in batch.items() if name in names} for batch in batches]
+            feeds = _feeds(model, context.calibration)[: self.samples]
             kept = _noisiest(model, feeds[:SAMPLES], self.keep)
             source_model, model = model, nncf.quantize(
                 model, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds),
@@ -78,7 +87,23 @@ class QuantizeOpenvino(Pass):
             raise RuntimeError(f"none of {eligible} matrix products was quantized")
         openvino.save_model(model, out / IR, compress_to_fp16=False)
         write_runtime_options(out, "f32")
+        carry_tokenizers(source.path, out)
         return {"quantized": quantized, "eligible": eligible, "kept": kept}
+
+
+def _feeds(model: Any, calibration: Path | None) -> list[Encoded]:
+    """The model's inputs of each calibration batch; a language model's windows are prompts of one row."""
+    if calibration is None:
+        raise RuntimeError("this mode needs calibration data")
+    names = {port.any_name for port in model.inputs}
+    feeds = []
+    for batch in load_batches(calibration):
+        if "beam_idx" in names:
+            ids = batch["input_ids"][None]
+            positions, beams = np.arange(ids.shape[1])[None], np.zeros(1, dtype=np.int32)
+            batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions, "beam_idx": beams}
+        feeds.append({name: array for name, array in batch.items() if name in names})
+    return feeds
 
 
 def _noisiest(model: Any, feeds: list[Encoded], count: int) -> list[str]:

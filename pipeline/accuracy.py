@@ -38,6 +38,10 @@ class Accuracy:
     examples: int
     metrics: tuple[Metric, ...] = ()  # the task's own, on labelled data
 
+    def __str__(self) -> str:
+        top1 = "" if self.top1 is None else f", same answers {self.top1:.1%}"
+        return f"cosine {1 - self.drop.value:.5f} (worst {1 - self.worst_drop:.4f}){top1}"
+
 
 def compare_outputs(
     reference: Sequence[Example],

@@ -11,6 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Encoded = dict[str, NDArray[Any]]  # input or output name -> array
+# what a batch may have beside inputs, under names that no model's input can have
+FIRST = "language.first"  # of a window: the index of the first token that is scored
+NEW = "language.new"  # of prompts: how many tokens are generated for each
+UNTIMED = "language.untimed"  # prompts that are judged and belong to no cell of the workload
 
 
 def save_batches(path: Path, batches: Sequence[Mapping[str, NDArray[Any]]]) -> None:

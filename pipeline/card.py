@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optimize.pipeline.contract import Kind
 from optimize.pipeline.manifest import Report
+from optimize.pipeline.measure import Speed
 from optimize.pipeline.progress import accuracy_text
 from optimize.pipeline.verdict import Candidate
 
@@ -63,10 +64,27 @@ embeddings = outputs["last_hidden_state"][:, 0]
 }
 
 
+GENERATE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+inputs = tokenizer("The harbour was", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
+"""
+SERVE = """import xllamacpp  # or: llama-server -m model.gguf; ollama create NAME -f Modelfile
+
+params = xllamacpp.CommonParams()
+params.model.path = "model.gguf"
+server = xllamacpp.Server(params)
+print(server.handle_completions({"prompt": "The harbour was", "max_tokens": 32, "temperature": 0}))
+"""
+
+
 def usage(report: Report, kind: Kind) -> str:
     """Python that runs the emitted folder without this package, from inside it."""
     from optimize.models.tasks import TASKS
 
+    if TASKS[report.checkpoint.task].generates:
+        return SERVE if kind is Kind.GGUF else GENERATE
     tensors = "pt" if kind in (Kind.CHECKPOINT, Kind.AOTI) else "np"
     auto_class = TASKS[report.checkpoint.task].auto_class
     run = RUN[kind].format(auto_class=auto_class, torch=report.host.packages.get("torch"))
@@ -82,16 +100,31 @@ def install(report: Report, kind: Kind) -> str:
     return f"pip install {' '.join(named)}"
 
 
+def _table(speed: Speed) -> str:
+    rows = [f"| {cell.cell} | {1e3 * cell.baseline_seconds:.2f} | {1e3 * cell.seconds:.2f} | {cell.speedup} |"
+            for cell in speed.cells]  # fmt: skip
+    return "\n".join(["| batch x tokens | eager, ms | this, ms | speedup |", "|---|---|---|---|", *rows])
+
+
+def _generation_table(speed: Speed) -> str:
+    rows = ["| batch x prompt+new | to the first token, ms | speedup | tokens/s after it | speedup | all | ",
+            "|---|---|---|---|---|---|"]  # fmt: skip
+    for cell in speed.cells:
+        assert cell.first is not None and cell.rest is not None
+        rows.append(
+            f"| {cell.cell} | {1e3 * cell.first.seconds:.0f} | {cell.first.speedup} | {cell.tokens_per_second:.1f} "
+            f"| {cell.rest.speedup} | {cell.speedup} |"
+        )
+    return "\n".join(rows)
+
+
 def model_card(report: Report, winner: Candidate) -> str:
     """README.md, as Markdown."""
     assert winner.speed is not None
     checkpoint, host = report.checkpoint, report.host
     base = f"base_model: {checkpoint.model_id}\n" if checkpoint.revision else ""  # a folder's name is no hub id
     revision = f" at `{checkpoint.revision}`" if checkpoint.revision else ""
-    cells = "\n".join(
-        f"| {speed.cell} | {1e3 * speed.baseline_seconds:.2f} | {1e3 * speed.seconds:.2f} | {speed.speedup} |"
-        for speed in winner.speed.cells
-    )
+    cells = _generation_table(winner.speed) if winner.speed.cells[0].rest else _table(winner.speed)
     return f"""---
 {base}pipeline_tag: {checkpoint.task}
 ---
@@ -112,8 +145,6 @@ On {host.target.device} ({host.target.cores} cores), {report.created}:
   measured while {winner.speed.noise or "nothing was noted"}; other work of up to {report.gates.max_load:.0%} was
   allowed:
 
-| batch x tokens | eager, ms | this, ms | speedup |
-|---|---|---|---|
 {cells}
 
 `optimize verify .` repeats these checks here. The inputs, the reference's outputs and every raw timing are in

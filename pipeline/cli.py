@@ -36,7 +36,7 @@ def main_group() -> None:
 @click.option("--data", metavar="FILE", help="Your own text: .jsonl, .csv, .parquet, or NAME:SPLIT on the hub.")
 @click.option("--out", type=click.Path(path_type=Path), help="The emitted folder. [default: ./MODEL-TARGET]")
 @click.option("--recipe", "recipes", multiple=True, metavar="NAME|TEXT", help="Only this recipe; may be repeated.")
-@click.option("--max-drop", type=float, default=0.001, show_default=True, help="What may be lost of fidelity.")
+@click.option("--max-drop", type=float, help="What may be lost. [default: 0.001 of fidelity, 1% of perplexity]")
 @click.option("--min-speedup", type=float, default=1.05, show_default=True, help="What the speedup must be above.")
 @click.option(
     "--max-load",
@@ -45,8 +45,8 @@ def main_group() -> None:
     show_default=True,
     help="Share of the host that other work may take meanwhile.",
 )
-@click.option("--workload", default="1x32,1x128,8x128", show_default=True, help="Cells to measure, batch x tokens.")
-@click.option("--budget", default="3m", show_default=True, help="Time for measuring all candidates together.")
+@click.option("--workload", help="Cells to measure, batch x tokens, or batch x prompt+new. [default: the task's]")
+@click.option("--budget", help="Time for measuring all candidates together. [default: 3m; for generation 10m]")
 @click.option(
     "--objective", default="latency", show_default=True, help="Emit the best at: latency, throughput, memory, size."
 )
@@ -125,6 +125,34 @@ def explain(folder: Path, candidate: str | None, cache: Path | None, json_file: 
         found = explain_run(folder, candidate, cache)
     terminal.say(found.describe())
     terminal.write_result(json_file, Explanation, found)
+    return ExitCode.EMITTED
+
+
+@main_group.command("run")
+@click.argument("folder", type=FOLDER)
+@click.argument("prompt")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--sample", is_flag=True, help="Draw tokens as the checkpoint says. [default: the likeliest]")
+@click.option("--raw", is_flag=True, help="Continue PROMPT itself, without the chat template.")
+def run_command(folder: Path, prompt: str, max_new_tokens: int, sample: bool, raw: bool) -> int:
+    """Generate text with an emitted language model in FOLDER, token by token."""
+    from optimize.pipeline.use import stream
+
+    with terminal.errors_to(None):
+        stream(folder, prompt, max_new_tokens, sample=sample, raw=raw)
+    return ExitCode.EMITTED
+
+
+@main_group.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+def serve(folder: Path, host: str, port: int) -> int:
+    """Start the server that an emitted language model's own runtime has: an OpenAI-compatible endpoint."""
+    from optimize.pipeline.use import start_server
+
+    with terminal.errors_to(None):
+        start_server(folder, host, port)
     return ExitCode.EMITTED
 
 

@@ -6,7 +6,7 @@ Nothing here imports an ML framework, and nothing here knows a particular pass, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +26,7 @@ class Kind(StrEnum):
     AOTI = "aoti"  # model.pt2, an AOTInductor package
     ONNX = "onnx"  # model.onnx with model.onnx.data
     OPENVINO = "openvino"  # openvino_model.xml and .bin
+    GGUF = "gguf"  # model.gguf, for llama.cpp
 
 
 class Meaning(StrEnum):
@@ -35,6 +36,7 @@ class Meaning(StrEnum):
     CHOICE = "choice"  # logits of which the largest is the answer
     FLAGS = "flags"  # logits of which each is an answer: yes above 0
     NUMBERS = "numbers"  # each by itself: a score
+    NEXT = "next"  # logits of the next token, given those before it
 
 
 class LabelKind(StrEnum):
@@ -174,10 +176,16 @@ class Cell:
     """One point of the workload: what is timed as one call."""
 
     batch: int
-    sequence: int  # tokens, all of them real: no padding
+    sequence: int  # tokens, all of them real: no padding; of a generation, those of the prompt
+    new: int = 0  # tokens that are generated for each prompt; 0 is one forward pass
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.sequence}"
+        return f"{self.batch}x{self.sequence}" + (f"+{self.new}" if self.new else "")
+
+    @property
+    def tokens(self) -> int:
+        """All that go through the model in one call."""
+        return self.batch * (self.sequence + self.new)
 
 
 @dataclass(frozen=True)
@@ -205,6 +213,30 @@ class Session(Protocol):
 
     def run(self, batch: Batch) -> dict[str, Array]:
         """One forward pass. Inputs are int64 arrays of [batch, sequence]; outputs are float32, by field name."""
+
+
+class Generator(Protocol):
+    """A live language model in a worker process: `prefill` begins, `step` goes on. Tokens are int64, logits float32."""
+
+    def logits(self, tokens: Array, keep: int) -> Array:
+        """Of the last `keep` positions of one sequence of [sequence]: [keep, vocabulary]."""
+
+    def prefill(self, prompts: Sequence[Array], room: int) -> Array:
+        """Begin anew with prompts of [sequence] each, of any lengths, with room for that many tokens after each.
+
+        Returns the logits of what comes next: [batch, vocabulary].
+        """
+
+    def step(self, tokens: Array) -> Array:
+        """Append one token to each sequence, [batch]: the logits of what comes next, [batch, vocabulary]."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated greedily, past any token that ends a text."""
+
+    tokens: Array  # int64 of [batch, new]
+    seconds: tuple[float, ...]  # from the call until each of a sequence's tokens was known
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,12 @@ from optimize.pipeline.contract import Checkpoint, Gates, Labelling, Objective, 
 from optimize.pipeline.emit import check_out
 from optimize.pipeline.errors import OptimizeError, RequestError
 from optimize.pipeline.manifest import Report
-from optimize.pipeline.plan import DEFAULT_WORKLOAD, Plan, make_plan
+from optimize.pipeline.plan import Plan, make_plan
 from optimize.pipeline.progress import Progress
 from optimize.pipeline.recipe import parse
 from optimize.pipeline.run import Run, Texts, new_run_folder
 from optimize.pipeline.store import Store
 
-DEFAULT_BUDGET = "3m"
 LIVE = "live.lock"  # in a run's folder: held by the process that runs it
 _UNITS = {"s": 1, "m": 60, "h": 3600, "": 1}
 
@@ -40,11 +39,11 @@ class Request:
     data: str | None = None
     out: Path | None = None
     recipes: Sequence[str] = ()
-    max_drop: float = Gates.max_drop
+    max_drop: float | None = None  # the task's own
     min_speedup: float = Gates.min_speedup
     max_load: float = Gates.max_load
-    workload: str = DEFAULT_WORKLOAD
-    budget: str = DEFAULT_BUDGET
+    workload: str | None = None  # the task's own
+    budget: str | None = None  # the task's own
     objective: str = Objective.LATENCY
     cache: Path | None = None
 
@@ -54,7 +53,9 @@ class Request:
         checkpoints = importlib.import_module("optimize.models.checkpoint")
         examples = importlib.import_module("optimize.models.examples")
         tasks = importlib.import_module("optimize.models.tasks")
-        budget, objective = parse_budget(self.budget), _objective(self.objective)
+        objective = _objective(self.objective)
+        if self.budget is not None:
+            parse_budget(self.budget)  # what is wrong in the request itself comes first
         target, defaults = find_target(self.target)
         cache = cache_folder(self.cache)
         checkpoint = cast(Checkpoint, checkpoints.resolve(self.model, self.task, memory=target.memory))
@@ -68,8 +69,9 @@ class Request:
         classes = checkpoints.id2label(checkpoint.folder) if kind is not None and kind.names_classes else None
         read = examples.read_examples(self.data, task, classes)
         plan = make_plan(
-            checkpoint, target, self._recipes(defaults.recipes(checkpoint, target)), workload=self.workload,
-            gates=Gates(self.max_drop, self.min_speedup, self.max_load), budget=budget,
+            checkpoint, target, self._recipes(defaults.recipes(checkpoint, target)), workload=self.workload or task.workload,
+            generates=task.generates, budget=parse_budget(self.budget or task.budget),
+            gates=Gates(task.max_drop if self.max_drop is None else self.max_drop, self.min_speedup, self.max_load),
             evaluation=f"{len(read.evaluation)} examples of {read.source}, {len(read.calibration)} others to calibrate",
             calibration_digest=read.calibration_digest if read.calibration else None,
         )  # fmt: skip

@@ -130,7 +130,7 @@ def _explain(report: Report, inputs: Path, candidate: Candidate, cache: Path | N
     chain = [("checkpoint", Artifact(Kind.CHECKPOINT, checkpoint, "", ""))]
     chain += _artifacts(candidate, Store(cache_folder(cache) / "store"))
     with tempfile.TemporaryDirectory(prefix="optimize-explain-") as scratch:
-        trial = Trial.of_report(report, inputs, Path(scratch), report.host.target.cores)
+        trial = Trial.of_report(report, inputs, Path(scratch), report.host.target.cores, checkpoint)
         reference = {batches: load_batches(inputs / f"reference.{batches}.npz") for batches in (TEXT, CELLS)}
         stages = [_stage(trial, step, artifact, reference) for step, artifact in chain]
         # a checkpoint in 16 bits may be rejected by itself, and what is exported from it in 32 bits not

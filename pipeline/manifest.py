@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from optimize.pipeline.accuracy import Accuracy
 from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Labelling, Meaning, Objective, Target
 from optimize.pipeline.errors import ArtifactError
+from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.plan import installed_version
 from optimize.pipeline.roofline import Peaks, Roof, Work
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = "2.0"
 FILE = "optimize.json"
 REPORT = "report.json"  # in a run's folder
-RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers")
+RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers",
+            "gguf", "xllamacpp")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Manifest:
     kind: Kind
     recipe: str
     files: dict[str, str]
-    accuracy: Accuracy
+    accuracy: Accuracy | LanguageAccuracy
     speed: Speed
     report: Report
 

@@ -30,6 +30,15 @@ CALL_LIMIT = 300.0
 
 
 @dataclass(frozen=True)
+class PhaseSpeed:
+    """A part of a cell's calls: the speedup, and the medians of both sides in seconds."""
+
+    speedup: Interval
+    baseline_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class CellSpeed:
     """One cell: the speedup, and the medians of both sides' calls in seconds."""
 
@@ -38,6 +47,21 @@ class CellSpeed:
     baseline_seconds: float
     seconds: float
     percentiles: Mapping[int, float] = field(default_factory=dict)  # of the candidate's calls, where enough were made
+    first: PhaseSpeed | None = None  # of a generation: up to the first token
+    rest: PhaseSpeed | None = None  # and the tokens after it
+
+    @property
+    def passes(self) -> tuple[float, float]:
+        """Seconds of one pass through the model, of the baseline and the candidate: of a generation, of one step."""
+        if self.rest is None:
+            return self.baseline_seconds, self.seconds
+        steps = max(self.cell.new - 1, 1)
+        return self.rest.baseline_seconds / steps, self.rest.seconds / steps
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """That are generated after the first, in all rows of a batch together."""
+        return None if self.rest is None else self.cell.batch * (self.cell.new - 1) / self.rest.seconds
 
 
 @dataclass(frozen=True)
@@ -52,7 +76,7 @@ class Speed:
     busy: bool = False  # the host: too few quads were undisturbed, so all of them are among the samples
 
 
-# seconds of each call, by quad, block, cell and call: the raw figures behind a Speed. A quad's blocks are put down as
+# seconds of each call, by quad, block, cell and call (a generation's cell is three, one for each phase): the raw figures behind a Speed. A quad's blocks are put down as
 # A B B A, in whichever of the two orders they were run
 Samples = list[list[list[list[float]]]]
 
@@ -91,14 +115,31 @@ def compare(
 
 def summarize(raw: Samples, cells: Sequence[Cell]) -> Speed:
     """The speed that raw samples amount to: per cell, and as the geometric mean over cells."""
-    ratios = _log_ratios(raw)
-    speeds = []
-    for index, cell in enumerate(cells):
-        ours = [call for quad in raw for block in (quad[1], quad[2]) for call in block[index]]
-        theirs = [call for quad in raw for block in (quad[0], quad[3]) for call in block[index]]
-        interval = ratio_interval([quad[index] for quad in ratios])
-        speeds.append(CellSpeed(cell, interval, statistics.median(theirs), statistics.median(ours), percentiles(ours)))
-    return Speed(ratio_interval([math.fsum(quad) / len(quad) for quad in ratios]), tuple(speeds), len(raw))
+    ratios, speeds = _log_ratios(raw), []
+
+    def phase(column: int) -> PhaseSpeed:
+        ours, theirs = _calls(raw, column, (1, 2)), _calls(raw, column, (0, 3))
+        interval = ratio_interval([quad[column] for quad in ratios])
+        return PhaseSpeed(interval, statistics.median(theirs), statistics.median(ours))
+
+    wholes = _wholes(cells)
+    for cell, column in zip(cells, wholes, strict=True):
+        whole = phase(column)
+        parts = (phase(column + 1), phase(column + 2)) if cell.new else (None, None)
+        stated = percentiles(_calls(raw, column, (1, 2)))
+        speeds.append(CellSpeed(cell, whole.speedup, whole.baseline_seconds, whole.seconds, stated, *parts))
+    overall = ratio_interval([math.fsum(quad[column] for column in wholes) / len(wholes) for quad in ratios])
+    return Speed(overall, tuple(speeds), len(raw))
+
+
+def _wholes(cells: Sequence[Cell]) -> list[int]:
+    """Where each cell's whole calls stand in a block."""
+    widths = [3 if cell.new else 1 for cell in cells]
+    return [sum(widths[:index]) for index in range(len(cells))]
+
+
+def _calls(raw: Samples, column: int, blocks: Sequence[int]) -> list[float]:
+    return [call for quad in raw for block in blocks for call in quad[block][column]]
 
 
 def percentiles(seconds: Sequence[float]) -> dict[int, float]:
@@ -138,9 +179,10 @@ def _quad(baseline: WorkerProcess, candidate: WorkerProcess, cells: int) -> list
 
 def _block(worker: WorkerProcess, cells: int) -> list[list[float]]:
     with running(worker):
-        return [
+        asked = (
             worker.ask("time", limit=CALL_LIMIT, cell=cell, seconds=BLOCK_SECONDS, least=1) for cell in range(cells)
-        ]
+        )
+        return [phase for phases in asked for phase in phases]
 
 
 def _log_ratio(blocks: Sequence[Sequence[float]]) -> float:

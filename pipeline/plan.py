@@ -109,6 +109,7 @@ def make_plan(
     recipes: Iterable[Recipe],
     *,
     workload: str = DEFAULT_WORKLOAD,
+    generates: bool = False,
     gates: Gates | None = None,
     budget: float = 180.0,
     evaluation: str = "",
@@ -145,7 +146,7 @@ def make_plan(
     if checkpoint.dtype != "float32":
         recipe = parse("cast-dtype{dtype=float32}")
         (reference,) = _with_keys(recipe, source_key, checkpoint, target, calibration_digest).steps
-    cells = parse_workload(workload, checkpoint.max_length)
+    cells = parse_workload(workload, checkpoint.max_length, generates=generates)
     return Plan(
         checkpoint, source_key, target, tuple(planned), tuple(left_out), cells, gates, budget, evaluation,
         calibration_digest, reference,
@@ -162,19 +163,24 @@ def _with_keys(
     return PlannedRecipe(recipe, tuple(steps))
 
 
-def parse_workload(text: str, max_length: int) -> tuple[Cell, ...]:
-    """Read `1x32,8x128` (batch x tokens). Raises RequestError for what cannot be run."""
+def parse_workload(text: str, max_length: int, *, generates: bool = False) -> tuple[Cell, ...]:
+    """Read `1x32,8x128` (batch x tokens), or `1x32+64` (and new ones, for a model that `generates`). Raises RequestError for what cannot be run."""
     cells = []
     for part in text.split(","):
         batch, _, sequence = part.strip().partition("x")
-        if not (batch.isascii() and batch.isdigit() and sequence.isascii() and sequence.isdigit()):
-            raise RequestError(f"--workload: {part!r} is not BATCHxTOKENS", hint="for example 1x32,1x128,8x128")
-        cell = Cell(int(batch), int(sequence))
+        sequence, plus, new = sequence.partition("+")
+        numbers = (batch, sequence, *([new] if plus else []))
+        if not all(number.isascii() and number.isdigit() for number in numbers) or bool(plus) is not generates:
+            form, example = ("BATCHxPROMPT+NEW", "1x32+32,1x512+16") if generates else ("BATCHxTOKENS", "1x32,8x128")
+            raise RequestError(f"--workload: {part!r} is not {form}", hint=f"for example {example}")
+        cell = Cell(int(batch), int(sequence), int(new or 0))
+        if generates and cell.new < 2:
+            raise RequestError(f"--workload: {cell}: at least 2 new tokens, to tell the first from the rest")
         if cell.batch < 1 or cell.sequence < 4:
             raise RequestError(f"--workload: {cell}: at least a batch of 1 and 4 tokens (two of them are special)")
-        if cell.sequence > max_length:
+        if cell.sequence + cell.new > max_length:
             raise RequestError(f"--workload: {cell} is longer than the model's limit of {max_length} tokens")
-        if cell.batch * cell.sequence > MAX_TOKENS:
+        if cell.tokens > MAX_TOKENS:
             raise RequestError(f"--workload: {cell} is more than {MAX_TOKENS} tokens in one call")
         if cell in cells:
             raise RequestError(f"--workload: {cell} is given twice")

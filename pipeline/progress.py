@@ -143,6 +143,4 @@ def accuracy_text(candidate: Candidate) -> str:
     accuracy = candidate.accuracy
     if accuracy is None:
         return "not known"
-    top1 = "" if accuracy.top1 is None else f", same answers {accuracy.top1:.1%}"
-    metrics = "".join(f", {metric.name} {metric.candidate:.4f}" for metric in accuracy.metrics)
-    return f"cosine {1 - accuracy.drop.value:.5f} (worst {1 - accuracy.worst_drop:.4f}){top1}{metrics}"
+    return str(accuracy) + "".join(f", {metric.name} {metric.candidate:.4f}" for metric in accuracy.metrics)

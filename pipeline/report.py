@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimize.pipeline.contract import Cell
+from optimize.pipeline.contract import Cell, Meaning
 from optimize.pipeline.errors import ExitCode
+from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.manifest import Baseline, Report
 from optimize.pipeline.verdict import Candidate, Status, pareto
 
@@ -85,7 +86,8 @@ def _table(report: Report, *, wide: bool) -> object:
         caption_justify="left",
     )  # fmt: skip
     workload = report.workload if wide or len(report.workload) > 1 else ()
-    titles = ["cosine", *(["worst"] if wide else []), *map(str, workload), "overall", "mem\nMiB", "size\nMiB"]
+    named = ("ppl", "KL") if report.evaluation.meaning is Meaning.NEXT else ("cosine", "worst")
+    titles = [named[0], *([named[1]] if wide else []), *map(str, workload), "overall", "mem\nMiB", "size\nMiB"]
     table.add_column("recipe", no_wrap=True)
     for title in (*titles, *(WIDE_TITLES if wide else [])):
         table.add_column(title, justify="right", no_wrap=True)
@@ -114,8 +116,11 @@ def _rank(candidate: Candidate) -> tuple[int, float]:
 
 def _cells(candidate: Candidate, cells: Sequence[Cell], workload: int, wide: bool) -> list[str]:
     accuracy, speed = candidate.accuracy, candidate.speed
-    cosine = "-" if accuracy is None else f"{1 - accuracy.drop.value:.5f}"
-    worst = "-" if accuracy is None else f"{1 - accuracy.worst_drop:.4f}"
+    near, far = "-", "-"
+    if isinstance(accuracy, LanguageAccuracy):
+        near, far = f"{accuracy.drop.value:+.2%}", f"{accuracy.divergence:.2g}"
+    elif accuracy is not None:
+        near, far = f"{1 - accuracy.drop.value:.5f}", f"{1 - accuracy.worst_drop:.4f}"
     if speed is None:
         speeds = ["-"] * (workload + 1)
     else:
@@ -128,12 +133,12 @@ def _cells(candidate: Candidate, cells: Sequence[Cell], workload: int, wide: boo
         _mib(candidate.size),
         *([build, load, *_limits(candidate, cells)] if wide else []),
     ]
-    return [cosine, *([worst] if wide else []), *speeds, *costs]
+    return [near, *([far] if wide else []), *speeds, *costs]
 
 
 def _limits(side: Candidate | Baseline, cells: Sequence[Cell]) -> list[str]:
     """Throughput at saturation, and what limits the cell with the most tokens."""
-    most = max(range(len(cells)), key=lambda index: cells[index].batch * cells[index].sequence)
+    most = max(range(len(cells)), key=lambda index: cells[index].tokens)
     throughput = f"{side.throughput.tokens_per_second:,.0f}" if side.throughput else "-"
     return [throughput, str(side.roofs[most]) if side.roofs else "-"]
 

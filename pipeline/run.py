@@ -108,7 +108,7 @@ class Run:
         plan, texts = self.plan, self.texts
         return Trial(
             self.folder, self.folder, plan.checkpoint.task, plan.target.cores, plan.workload, plan.gates,
-            texts.pooling, texts.meaning, texts.labelling, self.progress.tick,
+            texts.pooling, texts.meaning, texts.labelling, plan.checkpoint.folder, self.progress.tick,
         )  # fmt: skip
 
     @property
@@ -125,7 +125,8 @@ class Run:
             self._builder.worker().ask(
                 "prepare", limit=STEP_LIMIT, progress=self.progress.tick, folder=str(checkpoint.folder),
                 evaluation=list(texts.evaluation), calibration=list(texts.calibration),
-                cells=[(cell.batch, cell.sequence) for cell in self.plan.workload],
+                cells=[(cell.batch, cell.sequence, cell.new) for cell in self.plan.workload],
+                task=checkpoint.task,
                 max_length=checkpoint.max_length, out=str(self.folder), labelled=texts.labelling is not None,
             )  # fmt: skip
         except WorkerError as error:
@@ -262,10 +263,10 @@ class Run:
             self.progress.note(f"no roofline: what the model does could not be counted: {error.message}")
         for candidate in timed:
             assert candidate.speed is not None and candidate.size is not None
-            seconds = [cell.seconds for cell in candidate.speed.cells]
+            seconds = [cell.passes[1] for cell in candidate.speed.cells]
             candidate.roofs = self._roofs(seconds, candidate.arithmetic, candidate.size)
         speeds = [each.speed.cells for each in timed if each.speed is not None]
-        seconds = [statistics.median(cell.baseline_seconds for cell in cells) for cells in zip(*speeds, strict=True)]
+        seconds = [statistics.median(cell.passes[0] for cell in cells) for cells in zip(*speeds, strict=True)]
         self.baseline = Baseline(
             opened.load_seconds, opened.first_seconds, opened.peak_memory,
             self._roofs(seconds, plan.checkpoint.dtype, plan.checkpoint.weight_bytes) if seconds else (),

@@ -68,6 +68,22 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     return Interval(mean, mean - margin, mean + margin)
 
 
+def ratio_of_sums_interval(sums: Sequence[float], counts: Sequence[int], confidence: float) -> Interval:
+    """What there is of something per unit, from groups that are independent while their units are not.
+
+    The linearized variance of a ratio estimate, with Student's t. Raises ValueError for fewer than two groups.
+    Source: Cochran, Sampling Techniques, 6.4
+    """
+    groups, total = len(sums), sum(counts)
+    if groups < 2:
+        raise ValueError(f"{groups} groups have no interval")
+    ratio = math.fsum(sums) / total
+    residuals = [each - ratio * count for each, count in zip(sums, counts, strict=True)]
+    spread = math.sqrt(math.fsum(residual**2 for residual in residuals) / (groups - 1))
+    margin = resolution(spread, groups, confidence) * groups / total
+    return Interval(ratio, ratio - margin, ratio + margin)
+
+
 def signed_rank_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Hodges and Lehmann's estimate, the median of all pairs' means, with the exact interval of Wilcoxon's test.
 

@@ -13,11 +13,13 @@ from optimize.pipeline.accuracy import Accuracy, compare_outputs, why_rejected, 
 from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Cell, Gates, Kind, Labelling, Meaning
 from optimize.pipeline.errors import OutputError, WorkerError
+from optimize.pipeline.language import LanguageAccuracy, compare_language, why_language_rejected
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.metrics import task_metrics
 from optimize.pipeline.workers import WorkerProcess
 
 STEP_LIMIT = float(os.environ.get("OPTIMIZE_STEP_LIMIT", "1800"))  # seconds for one pass or one request
+REPEATED = 0.05  # nats by which logits of one text may differ between two runs
 TEXT, CELLS = "evaluation", "cells"  # the two .npz files of inputs
 
 
@@ -44,15 +46,16 @@ class Trial:
     pooling: str | None
     meaning: Meaning
     labelling: Labelling | None
+    tokenizer: Path  # the folder of the checkpoint, or of what carries its files along
     tick: Callable[[], None] = lambda: None
 
     @classmethod
-    def of_report(cls, report: Report, inputs: Path, scratch: Path, cores: int) -> Trial:
+    def of_report(cls, report: Report, inputs: Path, scratch: Path, cores: int, tokenizer: Path) -> Trial:
         """The trial of a run that is over, on the inputs that it left."""
         evaluation = report.evaluation
         return cls(
             inputs, scratch, report.checkpoint.task, cores, report.workload, report.gates,
-            evaluation.pooling, evaluation.meaning, evaluation.labelling,
+            evaluation.pooling, evaluation.meaning, evaluation.labelling, tokenizer,
         )  # fmt: skip
 
     def open(self, name: str, kind: Kind, path: Path) -> Opened:
@@ -74,15 +77,23 @@ class Trial:
 
         Raises OutputError for outputs that are wrong by themselves (type, shape, NaN), WorkerError if it cannot run.
         """
-        answer = worker.ask(
-            "evaluate", limit=STEP_LIMIT, progress=self.tick, task=self.task, pooling=self.pooling,
-            batches=str(self.inputs / f"{batches}.npz"), out=str(out),
-        )  # fmt: skip
+        inputs, common = str(self.inputs / f"{batches}.npz"), {"limit": STEP_LIMIT, "progress": self.tick}
+        if self.meaning is not Meaning.NEXT:
+            answer = worker.ask("evaluate", **common, task=self.task, pooling=self.pooling, batches=inputs,
+                                out=str(out))  # fmt: skip
+        elif batches == TEXT:
+            reference = self.inputs / f"reference.{TEXT}.npz"
+            named = str(reference) if out.resolve() != reference.resolve() else None
+            answer = worker.ask("score", **common, windows=inputs, reference=named, out=str(out))
+        else:
+            answer = worker.ask("write_on", **common, prompts=inputs, out=str(out))
         if answer["problems"]:
             raise OutputError(answer["problems"][0])
         return load_batches(out), answer["repeat_error"]
 
-    def judge(self, worker: WorkerProcess, reference: Mapping[str, list[Any]]) -> tuple[Accuracy, str | None]:
+    def judge(
+        self, worker: WorkerProcess, reference: Mapping[str, list[Any]]
+    ) -> tuple[Accuracy | LanguageAccuracy, str | None]:
         """The accuracy of a worker's artifact against the reference's outputs, and why it is rejected, or None."""
         out = self.scratch / f"outputs-{worker.pid}.npz"
         try:
@@ -90,6 +101,12 @@ class Trial:
             celled, _ = self.outputs(worker, CELLS, out)
         finally:
             out.unlink(missing_ok=True)
+        if self.meaning is Meaning.NEXT:
+            found = compare_language(reference[TEXT], evaluated, reference[CELLS], celled)
+            if repeat_error > REPEATED:
+                return found, f"two runs of one text differ by {repeat_error:.2g} in their logits"
+            misspelt: list[str] = worker.ask("spell", limit=STEP_LIMIT, folder=str(self.tokenizer))
+            return found, next(iter(misspelt), None) or why_language_rejected(found, self.gates)
         rows: dict[Cell, list[int]] = {}
         position = len(evaluated)
         for cell in self.workload:

@@ -11,6 +11,7 @@ from typing import Any
 from optimize.pipeline.accuracy import Accuracy
 from optimize.pipeline.contract import Gates, Kind, Objective
 from optimize.pipeline.errors import ExitCode
+from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.roofline import Roof
 from optimize.pipeline.statistics import Difference, Interval, difference
@@ -64,7 +65,7 @@ class Candidate:
     load_seconds: float | None = None
     first_seconds: float | None = None  # the first call after loading
     peak_memory: int | None = None  # bytes resident while it ran, at most
-    accuracy: Accuracy | None = None
+    accuracy: Accuracy | LanguageAccuracy | None = None
     speed: Speed | None = None
     arithmetic: str = "float32"  # the dtype of its matrix products
     roofs: tuple[Roof, ...] = ()  # of the cells, where the host's peak for that dtype is known
@@ -164,7 +165,7 @@ def _merit(candidate: Candidate, objective: Objective) -> float:
     if objective is Objective.LATENCY:
         return candidate.speed.overall.low
     if objective is Objective.THROUGHPUT:
-        largest = max(candidate.speed.cells, key=lambda each: each.cell.batch * each.cell.sequence)
+        largest = max(candidate.speed.cells, key=lambda each: each.cell.tokens)
         return largest.speedup.low
     cost = candidate.peak_memory if objective is Objective.MEMORY else candidate.size
     return -math.inf if cost is None else -float(cost)

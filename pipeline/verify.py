@@ -13,6 +13,7 @@ from optimize.pipeline.contract import Kind, Target
 from optimize.pipeline.driver import find_target
 from optimize.pipeline.emit import EVIDENCE, EVIDENCE_FILES
 from optimize.pipeline.errors import ArtifactError, ExitCode, OptimizeError, OutputError, WorkerError
+from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.manifest import FILE, Manifest, Source, read_manifest
 from optimize.pipeline.measure import Speed, compare
 from optimize.pipeline.statistics import Interval
@@ -36,7 +37,7 @@ class Verification:
     files: int
     host: Target
     same_host: bool
-    accuracy: Accuracy
+    accuracy: Accuracy | LanguageAccuracy
     rejected: str | None
     speed: Speed | None
     remark: str | None  # on speed: why it was not measured, or what was found
@@ -45,11 +46,9 @@ class Verification:
 
     def describe(self) -> str:
         """As lines for a terminal."""
-        drop = self.accuracy.drop
         lines = [
             f"digests   {self.files} files, all as emitted",
-            f"accuracy  cosine {1 - drop.value:.5f} (worst {1 - self.accuracy.worst_drop:.4f}) on "
-            f"{self.accuracy.examples} examples: {self.rejected or 'passes the gate'}",
+            f"accuracy  {self.accuracy} on {self.accuracy.examples} examples: {self.rejected or 'passes the gate'}",
             *(f"          {metric}" for metric in self.accuracy.metrics),
             f"speed     {self.speed.overall if self.speed else 'not measured'}"
             + (f": {self.remark}" if self.remark else ""),
@@ -87,7 +86,7 @@ def verify_folder(folder: Path, budget: float, max_load: float | None = None) ->
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="optimize-verify-") as scratch:
         evidence = folder / EVIDENCE
-        trial = Trial.of_report(report, evidence, Path(scratch), host.cores)
+        trial = Trial.of_report(report, evidence, Path(scratch), host.cores, folder)
         try:
             reference = {name: load_batches(evidence / f"reference.{name}.npz") for name in (TEXT, CELLS)}
             with trial.open("artifact", manifest.kind, folder).worker as worker:

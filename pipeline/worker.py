@@ -17,22 +17,64 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from optimize.pipeline.contract import Artifact, Context, Kind, Session, Target
+from optimize.pipeline.batches import FIRST, NEW, UNTIMED
+from optimize.pipeline.contract import Artifact, Cell, Context, Kind, Target
 
 PR_SET_PDEATHSIG = 1
 MAX_BATCH, MAX_CALL = 256, 1.0  # of a sweep: rows, seconds
+MAX_GENERATION = 8.0  # seconds of a generation in a sweep
+WARM = 8  # tokens of the prompt that warms up
 GAIN = 1.05  # what a larger batch must bring for the sweep to go on
+
+
+class Call:
+    """What is timed of one batch: a forward pass, or a generation."""
+
+    def __init__(self, session: Any, batch: Mapping[str, Any]) -> None:
+        self.batch = batch
+        self.run: Callable[[], Any] = partial(session.run, batch)
+        self.warm = self.run
+        self.prompts: list[Any] = []
+
+    def phases(self, outputs: Any) -> tuple[float, ...]:
+        """Seconds of parts of a call, from what it returned."""
+        return ()
+
+
+class GenerationCall(Call):
+    """Warmed up by a few tokens: a whole call takes seconds."""
+
+    def __init__(self, session: Any, batch: Mapping[str, Any]) -> None:
+        from optimize.targets.runtimes.generating import generate
+
+        self.batch = batch
+        rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        self.prompts = [row[mask != 0] for row, mask in rows]
+        self.run = partial(generate, session, self.prompts, int(batch[NEW]))
+        self.warm = partial(generate, session, [self.prompts[0][:WARM]], 2)
+
+    def phases(self, outputs: Any) -> tuple[float, ...]:
+        first = outputs.seconds[0]
+        return first, outputs.seconds[-1] - first
+
+
+def call_of(session: Any, batch: Mapping[str, Any]) -> Call:
+    """The call that a batch stands for; arrays that are no inputs of the session are left out."""
+    if NEW in batch:
+        return GenerationCall(session, batch)
+    return Call(session, {name: batch[name] for name in session.inputs if name in batch})
 
 
 class Worker:
     """The operations, by name. Paths travel as text; arrays travel as .npz files."""
 
     def __init__(self) -> None:
-        self._session: Session | None = None
-        self._cells: list[dict[str, Any]] = []
+        self._session: Any = None  # a Session or a Generator
+        self._cells: list[Call] = []
 
     def prepare(
         self,
@@ -42,22 +84,31 @@ class Worker:
         cells: list[Any],
         max_length: int,
         out: str,
+        task: str,
         labelled: bool = False,
-    ) -> dict[str, Any]:
+    ) -> None:
         """Encode text with the checkpoint's tokenizer into evaluation.npz, calibration.npz and cells.npz.
 
         Where the text is `labelled`, evaluation.npz also has what turns outputs into answers (see answers.py).
         """
-        from optimize.models import encoding
+        from optimize.models import encoding, language
+        from optimize.models.tasks import TASKS
         from optimize.pipeline.batches import save_batches
 
         source, target = Path(folder), Path(out)
+        if TASKS[task].generates:
+            save_batches(target / "evaluation.npz", language.encode_windows(source, evaluation, max_length))
+            if calibration:
+                save_batches(target / "calibration.npz", language.encode_windows(source, calibration, max_length))
+            prompts = language.encode_prompts(source, evaluation, [Cell(*cell) for cell in cells])
+            save_batches(target / "cells.npz", prompts)
+            return
         batches = encoding.encode(source, evaluation, max_length, encoding.BATCH_SIZES, labelled=labelled)
         save_batches(target / "evaluation.npz", batches)
         if calibration:
             save_batches(target / "calibration.npz", encoding.encode(source, calibration, max_length, (1,)))
-        save_batches(target / "cells.npz", encoding.encode_cells(source, evaluation, cells))
-        return {"batches": len(batches), "tokens": int(sum(batch["attention_mask"].sum() for batch in batches))}
+        shapes = [(batch, sequence) for batch, sequence, _ in cells]
+        save_batches(target / "cells.npz", encoding.encode_cells(source, evaluation, shapes))
 
     def build(
         self,
@@ -85,16 +136,16 @@ class Worker:
         from optimize.pipeline.batches import load_batches
         from optimize.targets.runtimes import open_session
 
-        self._cells = load_batches(Path(cells))
+        batches = [batch for batch in load_batches(Path(cells)) if UNTIMED not in batch]
         _reset_peak_memory()
         start = time.perf_counter()
         self._session = open_session(Kind(kind), Path(path), task, cores)
         loaded = time.perf_counter()
-        self._cells = [{name: cell[name] for name in self._session.inputs if name in cell} for cell in self._cells]
-        self._session.run(self._cells[0])
+        self._cells = [call_of(self._session, batch) for batch in batches]
+        self._cells[0].run()
         first = time.perf_counter()
         for cell in self._cells[1:]:  # so that peak memory is that of the whole workload
-            self._session.run(cell)
+            cell.run()
         return {"load": loaded - start, "first": first - loaded, "memory": peak_memory()}
 
     def layers(self, kind: str, path: str, task: str, batches: str, count: int, out: str) -> dict[str, Any] | None:
@@ -118,7 +169,8 @@ class Worker:
         """Open the self-test's session in place of an artifact."""
         from optimize.pipeline.selftest import Products
 
-        self._session, self._cells = Products(count), [{}]
+        self._session = Products(count)
+        self._cells = [call_of(self._session, {})]
 
     def peaks(self, target: Mapping[str, Any]) -> dict[str, Any]:
         """What the host reaches at most: see roofline.Peaks."""
@@ -128,27 +180,30 @@ class Worker:
 
     def work(self) -> list[dict[str, int]]:
         """What each cell cannot do without (see roofline.Work), counted on the eager model that is open."""
-        session: Any = self._session
-        return [session.work(cell) for cell in self._cells]
+        return [self._session.work(cell.batch) for cell in self._cells]
 
     def sweep(self, within: float) -> dict[str, float]:
         """The throughput of growing batches of the longest cell's rows, until it grows no more: the best of them.
 
-        No batch is begun after `within` seconds.
+        Of a language model, tokens that are generated, after the shortest prompt. No batch is begun after `within`
+        seconds.
         """
         import numpy as np
 
-        assert self._session is not None
-        longest = max(self._cells, key=lambda cell: int(cell["input_ids"].shape[1]))
-        tokens = int(longest["input_ids"].shape[1])
+        generates = NEW in self._cells[0].batch
+        widest = min if generates else max
+        cell = widest((cell.batch for cell in self._cells), key=lambda batch: int(batch["input_ids"].shape[1]))
+        tokens = int(cell[NEW]) if generates else int(cell["input_ids"].shape[1])
+        longest = MAX_GENERATION if generates else MAX_CALL
         best, batch, idle, seconds = {"batch": 0, "tokens_per_second": 0.0}, 1, 0, 0.0
         begun = time.perf_counter()
-        while batch <= MAX_BATCH and idle < 2 and seconds < MAX_CALL and time.perf_counter() - begun < within:
-            feed = {name: np.resize(array, (batch, tokens)) for name, array in longest.items()}
+        while batch <= MAX_BATCH and idle < 2 and seconds < longest and time.perf_counter() - begun < within:
+            rows = {name: np.resize(array, (batch, array.shape[1])) for name, array in cell.items() if array.ndim == 2}
+            call = call_of(self._session, cell | rows)
             calls = []
             for _ in range(3):  # the first warms up
                 start = time.perf_counter()
-                self._session.run(feed)
+                call.run()
                 calls.append(time.perf_counter() - start)
             seconds = min(calls[1:])
             rate = batch * tokens / seconds
@@ -158,6 +213,55 @@ class Worker:
             batch *= 2
         return best
 
+    def score(self, windows: str, reference: str | None, out: str) -> dict[str, Any]:
+        """Score every window of an .npz (see language.score), at the tokens that the reference's scores name."""
+        import numpy as np
+
+        from optimize.pipeline.batches import load_batches, save_batches
+        from optimize.pipeline.language import IDS, score
+
+        session = self._session
+        batches = load_batches(Path(windows))
+        named = [each[IDS] for each in load_batches(Path(reference))] if reference else [None] * len(batches)
+        found = []
+        for batch, ids in zip(batches, named, strict=True):
+            tokens = batch["input_ids"]
+            scored = tokens[int(batch[FIRST]) :]
+            logits = session.logits(tokens[:-1], len(scored))
+            if problems := _wrong(logits, len(scored)):
+                return {"problems": problems, "repeat_error": 0.0}
+            found.append(score(logits, scored, ids))
+        save_batches(Path(out), found)
+        tokens = batches[0]["input_ids"]
+        repeat = float(np.abs(session.logits(tokens, 1) - session.logits(tokens, 1)).max())
+        return {"problems": [], "repeat_error": repeat}
+
+    def spell(self, folder: str) -> list[str]:
+        """Where the runtime's own tokenizer differs from that of a checkpoint's folder."""
+        from optimize.models.spelling import spelling_problems
+
+        return spelling_problems(Path(folder), self._session)
+
+    def write_on(self, prompts: str, out: str) -> dict[str, Any]:
+        """Continue every prompt of an .npz greedily, and hold each token against the session's own scoring."""
+        import numpy as np
+
+        from optimize.pipeline.batches import load_batches, save_batches
+        from optimize.pipeline.language import REGRET, TOKENS, regrets
+
+        session = self._session
+        found = []
+        for batch in load_batches(Path(prompts)):
+            call = call_of(session, batch)
+            written = call.run().tokens
+            if written.shape != (len(call.prompts), int(batch[NEW])):
+                return {"problems": [f"{list(written.shape)} tokens for {len(call.prompts)} x {batch[NEW]}"], "repeat_error": 0.0}
+            for prompt, tokens in zip(call.prompts, written, strict=True):
+                logits = session.logits(np.concatenate([prompt, tokens[:-1]]), len(tokens))
+                found.append({TOKENS: tokens, REGRET: regrets(logits, tokens)})
+        save_batches(Path(out), found)
+        return {"problems": [], "repeat_error": 0.0}
+
     def evaluate(self, task: str, pooling: str | None, batches: str, out: str) -> dict[str, Any]:
         """Run every batch of an .npz and write what is judged of each example to another, with peculiarities."""
         import numpy as np
@@ -165,7 +269,6 @@ class Worker:
         from optimize.models.tasks import TASKS, judged_outputs
         from optimize.pipeline.batches import load_batches, save_batches
 
-        assert self._session is not None
         loaded = load_batches(Path(batches))
         examples: list[dict[str, Any]] = []
         problems: list[str] = []
@@ -181,26 +284,28 @@ class Worker:
         repeat = max(float(np.abs(first[name] - again[name]).max(initial=0)) for name in TASKS[task].outputs)
         return {"problems": [], "repeat_error": repeat}
 
-    def time(self, cell: int, seconds: float, least: int) -> list[float]:
-        """Seconds of each call of one cell: one call to warm up, then calls for `seconds`, at least `least`."""
-        assert self._session is not None
-        batch, run, clock = self._cells[cell], self._session.run, time.perf_counter
-        run(batch)
-        samples: list[float] = []
+    def time(self, cell: int, seconds: float, least: int) -> list[list[float]]:
+        """Seconds of each call of one cell, by phase: calls for `seconds`, at least `least`, after one to warm up.
+
+        One forward pass has one phase. A generation has three: all of it, up to the first token, and the rest.
+        """
+        call, clock = self._cells[cell], time.perf_counter
+        call.warm()
+        samples: list[tuple[float, ...]] = []
         gc.disable()
         try:
             end = clock() + seconds
             while len(samples) < least or clock() < end:
                 start = clock()
-                outputs = run(batch)
-                samples.append(clock() - start)
+                outputs = call.run()
+                total = clock() - start
+                samples.append((total, *call.phases(outputs)))
                 del outputs
         finally:
             gc.enable()
-        return samples
+        return [list(phase) for phase in zip(*samples, strict=True)]
 
     def _run(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        assert self._session is not None
         return self._session.run({name: batch[name] for name in self._session.inputs if name in batch})
 
 
@@ -218,6 +323,16 @@ def _problems(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> list[str]
         elif not np.isfinite(array).all():
             found.append(f"{name} has {int((~np.isfinite(array)).sum())} values that are NaN or infinite")
     return found
+
+
+def _wrong(logits: Any, tokens: int) -> list[str]:
+    """What is wrong with the logits of one sequence by themselves."""
+    import numpy as np
+
+    if logits.dtype != np.float32 or logits.ndim != 2 or len(logits) != tokens:
+        return [f"logits are {logits.dtype} of {list(logits.shape)} for {tokens} tokens"]
+    bad = int((~np.isfinite(logits)).sum())
+    return [f"logits has {bad} values that are NaN or infinite"] if bad else []
 
 
 def peak_memory() -> int:

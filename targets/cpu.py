@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from optimize.models.tasks import TASKS
 from optimize.pipeline.contract import Checkpoint, Recipe, Target
 from optimize.pipeline.recipe import parse
 
@@ -39,6 +40,17 @@ RECIPES = {
     "openvino-int8-keep4": "convert-openvino,quantize-openvino{keep=4}",
     "onnx-int8-dynamic-keep2": "export-onnx,quantize-onnx{keep=2}",
     "onnx-int8-dynamic-keep6": "export-onnx,quantize-onnx{keep=6}",
+}
+GENERATING = {  # for language models
+    "eager-bf16": "cast-dtype",
+    "openvino": "convert-openvino",
+    "openvino-bf16": "convert-openvino,hint-openvino",
+    "openvino-int8-weights": "convert-openvino,quantize-openvino{mode=weights}",
+    "openvino-int4": "convert-openvino,quantize-openvino{mode=int4}",
+    "gguf-bf16": "convert-gguf{type=bf16}",
+    "gguf-q8_0": "convert-gguf",
+    "gguf-q4_1": "convert-gguf{type=q4_1}",
+    "gguf-q4_0": "convert-gguf{type=q4_0}",
 }
 # recipe -> the one that must have proved inaccurate before this one, which keeps more in floating point, is built
 RECOVERIES = {
@@ -73,7 +85,8 @@ def probe() -> Target:
 
 def recipes(checkpoint: Checkpoint, target: Target) -> tuple[Recipe, ...]:
     """The candidates, cheapest first. A pass that cannot run here says so in the plan."""
-    return tuple(replace(parse(text, name), after=RECOVERIES.get(name, "")) for name, text in RECIPES.items())
+    texts = GENERATING if TASKS[checkpoint.task].generates else RECIPES
+    return tuple(replace(parse(text, name), after=RECOVERIES.get(name, "")) for name, text in texts.items())
 
 
 def peaks(target: Target) -> dict[str, Any]:

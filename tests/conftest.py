@@ -1,5 +1,6 @@
 """Shared by all tests: real checkpoints, the command line as a process, and third-party passes that are installed."""
 
+import functools
 import json
 import os
 import shutil
@@ -20,6 +21,10 @@ from optimize.targets.cpu import probe
 
 # options for tests of everything but speed: tests run side by side, and take each other for foreign load
 QUICK = ("--workload", "1x8,2x16", "--budget", "1s", "--min-speedup", "0.0001", "--max-load", "1")
+CHAT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 HEADER = """
 import os, signal, subprocess, sys, time
 from dataclasses import dataclass
@@ -137,6 +142,55 @@ def make_checkpoint(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> M
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_language_model(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """A seeded language model of two small layers, with a tokenizer of 500 tokens trained on the shipped text."""
+
+    def make(architecture: str = "LlamaForCausalLM", **options: Any) -> Path:
+        import torch
+        import transformers
+
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "intermediate_size": 96, "max_position_embeddings": 256, "num_key_value_heads": 2,
+                 "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+        if architecture == "GPT2LMHeadModel":
+            sizes = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+        cls = getattr(transformers, architecture)
+        model = cls(cls.config_class(**(sizes | options)))
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.add_(torch.randn_like(weight) * 0.1) if weight.dim() == 1 else weight.mul_(6)
+        folder = tmp_path_factory.mktemp("checkpoints") / f"tiny-{architecture}"
+        model.save_pretrained(folder)
+        language_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@functools.cache
+def language_tokenizer() -> Any:
+    """Byte-level byte-pair encoding that splits digits, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>", "<s>", "</s>", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    tokenizer.train_from_iterator([SHIPPED.read_text(encoding="utf-8")], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<pad>"
+    )
+    fast.chat_template = CHAT
+    return fast
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ RUNTIMES = {
     Kind.AOTI: "aoti",
     Kind.ONNX: "onnxruntime",
     Kind.OPENVINO: "openvino",
+    Kind.GGUF: "llamacpp",
 }
 
 

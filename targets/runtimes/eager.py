@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import StoppingCriteria
 
 from optimize.models.loading import load_model
-from optimize.pipeline.contract import Array, Batch, Layers
+from optimize.models.tasks import TASKS
+from optimize.pipeline.contract import Array, Batch, Generation, Layers
 from optimize.targets.runtimes import weights_key
 
 FRAMES = 3  # modules that are shown of an overflow: the one that overflows, and those before it
@@ -34,9 +39,6 @@ class EagerSession:
 
     def work(self, batch: Batch) -> dict[str, int]:
         """What one call cannot do without: see roofline.Work. Attention is spelt out, so that it is counted too."""
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        from torch.utils.flop_counter import FlopCounterMode
-
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             outputs = self.run(batch)
         weights = {
@@ -50,9 +52,87 @@ class EagerSession:
         return {"operations": counter.get_total_flops(), "weights": sum(weights.values()), "arrays": arrays}
 
 
+class EagerGenerator(EagerSession):
+    """A language model with its KV cache; `generate` is transformers' own, which is what a user has."""
+
+    def logits(self, tokens: Array, keep: int) -> Array:
+        with torch.inference_mode():
+            return to_numpy(self.model(torch.from_numpy(tokens)[None], logits_to_keep=keep, use_cache=False).logits[0])
+
+    def prefill(self, prompts: Sequence[Array], room: int) -> Array:
+        ids, self._mask = padded(prompts)
+        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            outputs = self.model(ids, attention_mask=self._mask, position_ids=positions, use_cache=True)
+        self._cache = outputs.past_key_values
+        return to_numpy(outputs.logits[:, -1])
+
+    def step(self, tokens: Array) -> Array:
+        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        with torch.inference_mode():
+            outputs = self.model(
+                torch.from_numpy(tokens)[:, None], attention_mask=self._mask, past_key_values=self._cache,
+                position_ids=self._mask.sum(-1, keepdim=True) - 1, use_cache=True,
+            )  # fmt: skip
+        self._cache = outputs.past_key_values
+        return to_numpy(outputs.logits[:, -1])
+
+    def generate(self, prompts: Sequence[Array], new: int) -> Generation:
+        clock = _Clock()
+        ids, mask = padded(prompts)
+        with torch.inference_mode():
+            tokens = self.model.generate(
+                ids, attention_mask=mask, max_new_tokens=new, do_sample=False, stopping_criteria=[clock],
+            )  # fmt: skip
+        return Generation(tokens[:, ids.shape[1] :].numpy(), tuple(clock.seconds))
+
+    def work(self, batch: Batch) -> dict[str, int]:
+        """Of one step after the prompt, for each of its rows: see roofline.Work."""
+        prompts = [row[mask != 0] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        self.prefill(prompts, 1)
+        cache = sum(array.nbytes for layer in self._cache.layers for array in (layer.keys, layer.values))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            self.step(np.zeros(len(prompts), dtype=np.int64))
+        looked_up = {id(self.model.get_input_embeddings().weight)} - {id(self.model.get_output_embeddings().weight)}
+        weights = {
+            id(weight): weight.numel()
+            for weight in self.model.parameters()
+            if weight.dim() > 1 and id(weight) not in looked_up
+        }
+        return {"operations": counter.get_total_flops(), "weights": sum(weights.values()), "arrays": cache}
+
+
+class _Clock(StoppingCriteria):  # type: ignore[misc]
+    """Notes when each token was known; stops nothing."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.seconds: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        self.seconds.append(time.perf_counter() - self._start)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def padded(prompts: Sequence[Array]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of any lengths as ids and mask of [batch, longest], padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros((len(prompts), longest), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.from_numpy(np.asarray(prompt))
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
 def open_session(path: Path, task: str, cores: int) -> EagerSession:
     torch.set_num_threads(cores)
-    return EagerSession(load_model(path, task))
+    model = load_model(path, task)
+    if not TASKS[task].generates:
+        return EagerSession(model)
+    model.generation_config.eos_token_id = None  # a text that ends early would be timed as a fast one
+    model.generation_config.pad_token_id = 0
+    return EagerGenerator(model)
 
 
 def layers(path: Path, task: str, batches: Sequence[Batch]) -> Layers:

@@ -17,6 +17,7 @@ from optimize.models.tasks import TASKS
 from optimize.pipeline.manifest import Manifest, read_manifest
 from optimize.pipeline.store import check_files
 from optimize.targets.runtimes import open_session
+from optimize.targets.runtimes.loaded_generator import LoadedGenerator
 
 
 class LoadedModel:
@@ -103,11 +104,13 @@ class LoadedModel:
                 )
 
 
-def load(folder: Path) -> LoadedModel:
+def load(folder: Path) -> LoadedModel | LoadedGenerator:
     """Open an emitted folder after checking every file that is used. Raises ArtifactError if one is damaged."""
     manifest = read_manifest(folder)
     used = {name: digest for name, digest in manifest.files.items() if not name.startswith("evidence/")}
     check_files(folder, used)
+    if TASKS[manifest.report.checkpoint.task].generates:
+        return LoadedGenerator(folder, manifest)
     return LoadedModel(folder, manifest)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import openvino
 
+from optimize.models.tasks import TASKS
 from optimize.passes.convert_openvino import IR, RUNTIME_OPTIONS
 from optimize.passes.quantize_openvino import is_matmul_of_weights, weight_of
 from optimize.pipeline.contract import Array, Batch, Layers
@@ -61,6 +62,10 @@ def _is_real_array(node: Any) -> bool:
     return bool(port.get_element_type().is_real() and port.get_partial_shape().rank.get_length() > 1)
 
 
-def open_session(path: Path, task: str, cores: int) -> OpenvinoSession:
+def open_session(path: Path, task: str, cores: int) -> Any:
     options = {"INFERENCE_NUM_THREADS": cores} | json.loads((path / RUNTIME_OPTIONS).read_text())
+    if TASKS[task].generates:
+        from optimize.targets.runtimes.openvino_generator import OpenvinoGenerator  # an encoder needs no openvino-genai
+
+        return OpenvinoGenerator(path, options)
     return OpenvinoSession(openvino.Core().compile_model(path / IR, "CPU", options))

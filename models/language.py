@@ -1,0 +1,76 @@
+"""Text to what a language model is judged on: windows that are scored, prompts that are continued. Only a worker
+does this."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optimize.models.encoding import Row, load_tokenizer
+from optimize.pipeline.batches import FIRST, NEW, UNTIMED, Encoded
+from optimize.pipeline.contract import Cell
+from optimize.pipeline.errors import RequestError
+
+WINDOW = 512  # tokens that a model sees at once, at most
+SCORED = 6144  # tokens that are judged, at most: half a minute of an eager model of 0.1 billion parameters
+RAGGED = (5, 23, 48)  # tokens of the prompts of one batch whose lengths differ
+RAGGED_NEW = 8
+
+
+def encode_windows(folder: Path, rows: Sequence[Row], max_length: int) -> list[Encoded]:
+    """Windows over all text, half of each being new: `input_ids` of [sequence], scored from index FIRST on.
+
+    Each begins with what the tokenizer puts before a text. Raises RequestError for less text than one window takes.
+    """
+    tokens, prefix = _stream(folder, rows)
+    size = min(WINDOW, max_length) - len(prefix)
+    new = size // 2
+    starts = list(range(0, len(tokens) - size + 1, new))
+    if len(starts) < 2:
+        raise RequestError(
+            f"{len(tokens)} tokens are too few to judge a language model on: {size + new} are the least",
+            hint="give more text, or leave --data out to use the text that ships with optimize",
+        )
+    step = -(-len(starts) * new // SCORED)  # evenly, where there is more than is judged
+    first = len(prefix) + size - new
+    return [
+        {"input_ids": np.array([*prefix, *tokens[start : start + size]]), FIRST: np.array(first)}
+        for start in starts[::step]
+    ]
+
+
+def encode_prompts(folder: Path, rows: Sequence[Row], cells: Iterable[Cell]) -> list[Encoded]:
+    """A batch of prompts for each cell, cut from running text to exactly its length, and one of unlike lengths."""
+    tokens, prefix = _stream(folder, rows)
+
+    def cut(index: int, length: int) -> list[int]:
+        start = index * len(tokens) // 7 % len(tokens)
+        turned = [*tokens[start:], *tokens[:start]]
+        turned *= -(-length // len(turned))
+        return [*prefix, *turned][:length]
+
+    batches = [_batch([cut(index, cell.sequence) for index in range(cell.batch)], cell.new) for cell in cells]
+    ragged = _batch([cut(index, length) for index, length in enumerate(RAGGED)], RAGGED_NEW)
+    return [*batches, ragged | {UNTIMED: np.array(True)}]
+
+
+def _batch(prompts: Sequence[Sequence[int]], new: int) -> Encoded:
+    """Padded on the left, as `generate` takes it."""
+    longest = max(map(len, prompts))
+    ids = np.array([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = np.array([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return {"input_ids": ids, "attention_mask": mask, NEW: np.array(new)}
+
+
+def _stream(folder: Path, rows: Sequence[Row]) -> tuple[list[int], list[int]]:
+    """All text as one row of tokens, and the special tokens that the tokenizer puts before a text."""
+    tokenizer: Any = load_tokenizer(folder)
+    text = "\n\n".join(str(row["text"]) for row in rows)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    alone = tokenizer("a", add_special_tokens=False)["input_ids"]
+    prefix = whole[: next(index for index in range(len(whole)) if whole[index : index + len(alone)] == alone)]
+    return tokens, prefix

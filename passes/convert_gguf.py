@@ -1,0 +1,239 @@
+"""convert-gguf: one model.gguf for llama.cpp, Ollama and everything that is built on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from optimize.models.checkpoint import read_config
+from optimize.passes import _gguf_tokenizer
+from optimize.passes._modelfile import modelfile
+from optimize.passes._gguf_families import FAMILIES, Family, rope, why_not
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+
+MODEL = "model.gguf"
+SKIPPED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints carry
+EXACT = ("token_types", "position_embd", "ffn_gate_inp")  # small, or decisive: never quantized
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the file: known before its weights are read, so that one at a time is in memory."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], Any]  # float32
+
+
+@dataclass(frozen=True)
+class ConvertGguf(Pass):
+    """Write every weight in one of GGUF's types; rows that do not fill its blocks of 32 stay in 16 bits.
+
+    With four bits, the embeddings, which are also what picks the next token, are kept in eight.
+    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    """
+
+    name: ClassVar = "convert-gguf"
+    accepts: ClassVar = Kind.CHECKPOINT
+    produces: ClassVar = Kind.GGUF
+    version: ClassVar = 1
+    tools: ClassVar = ("gguf", "safetensors", "torch", "transformers")
+
+    type: Literal["f32", "bf16", "f16", "q8_0", "q4_0", "q4_1"] = "q8_0"
+
+    @property
+    def arithmetic(self) -> str | None:
+        return {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}.get(self.type, "int8")
+
+    def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
+        config = read_config(checkpoint.folder)
+        return why_not(checkpoint.architecture, config) or _gguf_tokenizer.why_not(checkpoint.folder)
+
+    def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
+        import gguf
+        import numpy as np
+
+        config = read_config(source.path)
+        family = FAMILIES[config["architectures"][0]]
+        writer = gguf.GGUFWriter(out / MODEL, family.name)
+        _add_metadata(writer, config, source.path)
+        tensors = list(_tensors(source.path, config, family))
+        types = {tensor.name: self._type_of(tensor) for tensor in tensors}
+        for tensor in tensors:
+            kind = types[tensor.name]
+            shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, kind)
+            writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=kind)
+        writer.add_file_type(_file_type(self.type))
+        _gguf_tokenizer.add_tokenizer(writer, source.path, config["vocab_size"])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            array = gguf.quants.quantize(np.ascontiguousarray(tensor.read()), types[tensor.name])
+            writer.write_tensor_data(array.view(np.uint8))
+        writer.close()
+        text, remark = modelfile(source.path, MODEL)
+        (out / "Modelfile").write_text(text, encoding="utf-8")
+        matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
+        wide = [tensor.name for tensor in matrices if types[tensor.name].name.lower() != self.type]
+        facts = {"tensors": len(tensors), "matrices": len(matrices), "in_other_types": wide}
+        return facts | ({"modelfile": remark} if remark else {})
+
+    def _type_of(self, tensor: Planned) -> Any:
+        from gguf import GGMLQuantizationType as Type
+
+        if len(tensor.shape) == 1 or any(part in tensor.name for part in EXACT):
+            return Type.F32
+        wanted = Type[self.type.upper()]
+        if self.type.startswith("q4") and tensor.name in ("token_embd.weight", "output.weight"):
+            wanted = Type.Q8_0
+        return Type.F16 if self.type.startswith("q") and tensor.shape[-1] % 32 else wanted
+
+    def ensures(self, out: Path) -> None:
+        import gguf
+
+        reader = gguf.GGUFReader(out / MODEL)
+        if not reader.tensors or "tokenizer.ggml.tokens" not in reader.fields:
+            raise ValueError(f"{MODEL} lacks tensors or a tokenizer")
+
+
+def _file_type(name: str) -> int:
+    import gguf
+
+    types = gguf.LlamaFileType
+    return int(types.ALL_F32 if name == "f32" else types[f"MOSTLY_{name.upper()}"])
+
+
+def _add_metadata(writer: Any, config: dict[str, Any], folder: Path) -> None:
+    """The architecture's numbers, under the names that both generations of configs have for them."""
+    import gguf
+
+    heads = config.get("num_attention_heads") or config["n_head"]
+    hidden = config.get("hidden_size") or config["n_embd"]
+    layers = config.get("num_hidden_layers") or config["n_layer"]
+    positions = config.get("max_position_embeddings") or config["n_positions"]
+    writer.add_name(folder.name)
+    writer.add_context_length(positions)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden)
+    writer.add_head_count(heads)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if "n_positions" in config:  # GPT-2: learned positions, and layer norms
+        writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+        return
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    size = config.get("head_dim") or hidden // heads
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    parameters = rope(config)
+    writer.add_rope_dimension_count(int(size * parameters.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(parameters["rope_theta"])
+    if parameters["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(parameters["factor"])
+    if config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
+    experts = config.get("num_experts") or config.get("num_local_experts")
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config.get("moe_intermediate_size") or config["intermediate_size"])
+
+
+def _tensors(folder: Path, config: dict[str, Any], family: Family) -> Iterator[Planned]:
+    """The checkpoint's weights under GGUF's names, each with what reads it."""
+    import gguf
+
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
+    layers = config.get("num_hidden_layers") or config["n_layer"]
+    names = gguf.get_tensor_name_map(architecture, layers)
+    stored = _stored(folder)
+    tied = config.get("tie_word_embeddings", "n_positions" in config)
+    experts: dict[str, list[str]] = {}
+    for key in stored:
+        if key.endswith(SKIPPED) or (tied and key == "lm_head.weight"):
+            continue
+        before, number, after = _expert(key)
+        if number is not None:
+            experts.setdefault(f"{before}.experts.{after}", []).append(key)
+            continue
+        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise ValueError(f"GGUF has no name for {key} in the architecture {family.name}")
+        shape = stored[key][1]
+        yield Planned(name, shape[::-1] if key.endswith(family.conv1d or ("\0",)) else shape,
+                      lambda key=key: _read(stored[key][0], key, config, family))  # type: ignore[misc]  # fmt: skip
+    for key, parts in experts.items():
+        name = names.get_name(key, try_suffixes=(".weight",))
+        if name is None:
+            raise ValueError(f"GGUF has no name for {key} in the architecture {family.name}")
+        parts.sort(key=lambda part: _expert(part)[1] or 0)
+        yield Planned(name, (len(parts), *stored[parts[0]][1]),
+                      lambda parts=parts: _stack(stored, parts, config, family))  # type: ignore[misc]  # fmt: skip
+    if rope(config)["rope_type"] == "llama3":
+        frequencies = _llama3_factors(config)
+        yield Planned("rope_freqs.weight", frequencies.shape, lambda: frequencies)
+
+
+def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Name of a weight -> the file that has it, and its shape."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (a file is no mapping)
+                found[key] = (path, tuple(file.get_slice(key).get_shape()))
+    return found
+
+
+def _read(path: Path, key: str, config: dict[str, Any], family: Family) -> Any:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        array = file.get_tensor(key).float().numpy()
+    if key.endswith(family.conv1d or ("\0",)):
+        return array.T
+    if family.norm_offset and key.endswith("norm.weight"):
+        return array + family.norm_offset
+    if family.paired_rope and key.endswith(("q_proj.weight", "k_proj.weight")):
+        heads = config["num_attention_heads"]
+        if key.endswith("k_proj.weight"):
+            heads = config.get("num_key_value_heads") or heads
+        rows, columns = array.shape
+        return array.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    return array
+
+
+def _stack(stored: dict[str, Any], keys: Sequence[str], config: dict[str, Any], family: Family) -> Any:
+    import numpy as np
+
+    return np.stack([_read(stored[key][0], key, config, family) for key in keys])
+
+
+def _expert(key: str) -> tuple[str, int | None, str]:
+    """`model.layers.0.mlp.experts.3.up_proj.weight` -> (`model.layers.0.mlp`, 3, `up_proj.weight`)."""
+    before, found, rest = key.partition(".experts.")
+    number, _, after = rest.partition(".")
+    return (before, int(number), after) if found and number.isdigit() else (key, None, "")
+
+
+def _llama3_factors(config: dict[str, Any]) -> Any:
+    """What each frequency is divided by. Source: https://arxiv.org/abs/2407.21783 (Llama 3.1), transformers'
+    _compute_llama3_parameters."""
+    import numpy as np
+
+    parameters = rope(config)
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    frequencies = 1.0 / parameters["rope_theta"] ** (np.arange(0, size, 2, dtype=np.float64) / size)
+    lengths = 2 * math.pi / frequencies
+    old, low, high = (parameters[name] for name in
+                      ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))  # fmt: skip
+    smooth = np.clip((old / lengths - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / parameters["factor"] + smooth)).astype(np.float32)
