@@ -49,6 +49,7 @@ IMPORTS = {
     Kind.AOTI: ("torch",),
     Kind.ONNX: ("onnxruntime",),
     Kind.OPENVINO: ("openvino",),
+    Kind.GGUF: ("xllamacpp",),
 }
 NORMALIZE = "embeddings = embeddings / (embeddings**2).sum(-1)[:, None] ** 0.5\n"
 POOL = {  # what was judged of a sentence

@@ -79,7 +79,7 @@ def run_optimize(
     report = folder / "report.json"
     report.unlink(missing_ok=True)
     environment = os.environ | {"OPTIMIZE_CACHE": str(cache or shared_cache)} | (env or {})
-    json_option = [] if arguments[0] in ("cache", "passes", "targets") else ["--json", str(report)]
+    json_option = [] if arguments[0] in ("cache", "passes", "targets", "run", "serve") else ["--json", str(report)]
     process = subprocess.run(
         [sys.executable, "-m", "optimize.pipeline.cli", *map(str, arguments), *json_option],
         capture_output=True, text=True, env=environment, cwd=folder, timeout=600, check=False,
