@@ -1,5 +1,6 @@
 """Text to what a language model is judged on: windows that are scored, prompts that are continued. Only a worker
-does this."""
+does this.
+"""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ def _from_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
 
 def _splitters(tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
     """The steps of pre-tokenization: of a Split its pattern, of others their type; "bytes" is ByteLevel that splits
-    nothing."""
+    nothing.
+    """
     found = tokenizer.get("pre_tokenizer") or {}
     steps = found.get("pretokenizers", [found])
     names = []

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from optimize.models.checkpoint import read_config
 from optimize.passes import _gguf_tokenizer
-from optimize.passes._modelfile import modelfile
 from optimize.passes._gguf_families import FAMILIES, Family, rope, why_not
+from optimize.passes._modelfile import modelfile
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 
 MODEL = "model.gguf"
@@ -226,7 +226,8 @@ def _expert(key: str) -> tuple[str, int | None, str]:
 
 def _llama3_factors(config: dict[str, Any]) -> Any:
     """What each frequency is divided by. Source: https://arxiv.org/abs/2407.21783 (Llama 3.1), transformers'
-    _compute_llama3_parameters."""
+    _compute_llama3_parameters.
+    """
     import numpy as np
 
     parameters = rope(config)

@@ -101,7 +101,12 @@ def _feeds(model: Any, calibration: Path | None) -> list[Encoded]:
         if "beam_idx" in names:
             ids = batch["input_ids"][None]
             positions, beams = np.arange(ids.shape[1])[None], np.zeros(1, dtype=np.int32)
-            batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions, "beam_idx": beams}
+            batch = {
+                "input_ids": ids,
+                "attention_mask": np.ones_like(ids),
+                "position_ids": positions,
+                "beam_idx": beams,
+            }
         feeds.append({name: array for name, array in batch.items() if name in names})
     return feeds
 

@@ -69,7 +69,8 @@ class Request:
         classes = checkpoints.id2label(checkpoint.folder) if kind is not None and kind.names_classes else None
         read = examples.read_examples(self.data, task, classes)
         plan = make_plan(
-            checkpoint, target, self._recipes(defaults.recipes(checkpoint, target)), workload=self.workload or task.workload,
+            checkpoint, target, self._recipes(defaults.recipes(checkpoint, target)),
+            workload=self.workload or task.workload,
             generates=task.generates, budget=parse_budget(self.budget or task.budget),
             gates=Gates(task.max_drop if self.max_drop is None else self.max_drop, self.min_speedup, self.max_load),
             evaluation=f"{len(read.evaluation)} examples of {read.source}, {len(read.calibration)} others to calibrate",

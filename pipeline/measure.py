@@ -76,8 +76,8 @@ class Speed:
     busy: bool = False  # the host: too few quads were undisturbed, so all of them are among the samples
 
 
-# seconds of each call, by quad, block, cell and call (a generation's cell is three, one for each phase): the raw figures behind a Speed. A quad's blocks are put down as
-# A B B A, in whichever of the two orders they were run
+# seconds of each call, by quad, block, cell and call: the raw figures behind a Speed. A generation's cell is three, one
+# for each phase. A quad's blocks are put down as A B B A, in whichever of the two orders they were run
 Samples = list[list[list[list[float]]]]
 
 

@@ -164,7 +164,10 @@ def _with_keys(
 
 
 def parse_workload(text: str, max_length: int, *, generates: bool = False) -> tuple[Cell, ...]:
-    """Read `1x32,8x128` (batch x tokens), or `1x32+64` (and new ones, for a model that `generates`). Raises RequestError for what cannot be run."""
+    """Read `1x32,8x128` (batch x tokens), or `1x32+64` (and new ones, for a model that `generates`).
+
+    Raises RequestError for what cannot be run.
+    """
     cells = []
     for part in text.split(","):
         batch, _, sequence = part.strip().partition("x")

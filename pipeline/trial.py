@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,16 @@ class Trial:
 
         Raises OutputError for outputs that are wrong by themselves (type, shape, NaN), WorkerError if it cannot run.
         """
-        inputs, common = str(self.inputs / f"{batches}.npz"), {"limit": STEP_LIMIT, "progress": self.tick}
+        inputs, out_text = str(self.inputs / f"{batches}.npz"), str(out)
+        ask = partial(worker.ask, limit=STEP_LIMIT, progress=self.tick)
         if self.meaning is not Meaning.NEXT:
-            answer = worker.ask("evaluate", **common, task=self.task, pooling=self.pooling, batches=inputs,
-                                out=str(out))  # fmt: skip
+            answer = ask("evaluate", task=self.task, pooling=self.pooling, batches=inputs, out=out_text)
         elif batches == TEXT:
             reference = self.inputs / f"reference.{TEXT}.npz"
             named = str(reference) if out.resolve() != reference.resolve() else None
-            answer = worker.ask("score", **common, windows=inputs, reference=named, out=str(out))
+            answer = ask("score", windows=inputs, reference=named, out=out_text)
         else:
-            answer = worker.ask("write_on", **common, prompts=inputs, out=str(out))
+            answer = ask("write_on", prompts=inputs, out=out_text)
         if answer["problems"]:
             raise OutputError(answer["problems"][0])
         return load_batches(out), answer["repeat_error"]

@@ -199,7 +199,7 @@ class Worker:
         begun = time.perf_counter()
         while batch <= MAX_BATCH and idle < 2 and seconds < longest and time.perf_counter() - begun < within:
             rows = {name: np.resize(array, (batch, array.shape[1])) for name, array in cell.items() if array.ndim == 2}
-            call = call_of(self._session, cell | rows)
+            call = call_of(self._session, {**cell, **rows})
             calls = []
             for _ in range(3):  # the first warms up
                 start = time.perf_counter()
@@ -255,7 +255,10 @@ class Worker:
             call = call_of(session, batch)
             written = call.run().tokens
             if written.shape != (len(call.prompts), int(batch[NEW])):
-                return {"problems": [f"{list(written.shape)} tokens for {len(call.prompts)} x {batch[NEW]}"], "repeat_error": 0.0}
+                return {
+                    "problems": [f"{list(written.shape)} tokens for {len(call.prompts)} x {batch[NEW]}"],
+                    "repeat_error": 0.0,
+                }
             for prompt, tokens in zip(call.prompts, written, strict=True):
                 logits = session.logits(np.concatenate([prompt, tokens[:-1]]), len(tokens))
                 found.append({TOKENS: tokens, REGRET: regrets(logits, tokens)})
@@ -306,7 +309,8 @@ class Worker:
         return [list(phase) for phase in zip(*samples, strict=True)]
 
     def _run(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return self._session.run({name: batch[name] for name in self._session.inputs if name in batch})
+        outputs: dict[str, Any] = self._session.run({n: batch[n] for n in self._session.inputs if n in batch})
+        return outputs
 
 
 def _problems(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> list[str]:

@@ -161,7 +161,7 @@ def make_language_model(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpo
         cls = getattr(transformers, architecture)
         model = cls(cls.config_class(**(sizes | options)))
         with torch.no_grad():
-            for name, weight in model.named_parameters():
+            for weight in model.parameters():
                 weight.add_(torch.randn_like(weight) * 0.1) if weight.dim() == 1 else weight.mul_(6)
         folder = tmp_path_factory.mktemp("checkpoints") / f"tiny-{architecture}"
         model.save_pretrained(folder)

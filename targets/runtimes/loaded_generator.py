@@ -16,7 +16,8 @@ from optimize.targets.runtimes import open_session
 
 class LoadedGenerator(transformers.PreTrainedModel, transformers.GenerationMixin):  # type: ignore[misc]
     """A model without weights of its own. The runtime keeps the cache: a call that goes on from the last one costs one
-    step, any other begins anew."""
+    step, any other begins anew.
+    """
 
     main_input_name = "input_ids"
     _supports_sdpa = True
@@ -35,9 +36,7 @@ class LoadedGenerator(transformers.PreTrainedModel, transformers.GenerationMixin
             else transformers.GenerationConfig.from_model_config(self.config)
         )
         self.generation_config.use_cache = False  # of transformers: the runtime has its own
-        self._session: Any = open_session(
-            manifest.kind, folder, checkpoint.task, manifest.report.host.target.cores
-        )
+        self._session: Any = open_session(manifest.kind, folder, checkpoint.task, manifest.report.host.target.cores)
         self._seen: torch.Tensor | None = None  # what the runtime has read, [batch, sequence]
         self._mask: torch.Tensor | None = None  # of its prompts
         self._room = 0

@@ -35,7 +35,7 @@ CASES = {
     "phi3": ("Phi3ForCausalLM", {"pad_token_id": 0}),
     "gpt2": ("GPT2LMHeadModel", {}),
 }  # fmt: skip
-# the gate sees what no conversion can mend: transformers gives qwen2 a tokenizer of its own that composes accents first,
+# the gate sees what no conversion can mend: qwen2 has a tokenizer of its own in transformers, which composes accents,
 # and llama.cpp strips what follows a special token of phi3, as Phi's own tokens want it and these do not
 MISSPELT = {"qwen2": 2, "phi3": 2}
 

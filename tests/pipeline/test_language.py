@@ -1,4 +1,4 @@
-"""Perplexity, divergence and what is generated: what is computed of windows and continuations, and what rejects them."""
+"""Perplexity, divergence and continuations: what is computed of them, and what rejects them."""
 
 import math
 from typing import Any
@@ -37,7 +37,9 @@ def both(noise: float) -> tuple[Windows, Windows]:
     reference = [score(logits(seed), text(seed)) for seed in range(WINDOWS)]
     random = np.random.default_rng(7)
     candidate = [
-        score(logits(seed) + noise * random.normal(size=(SCORED, VOCABULARY)).astype(np.float32), text(seed), own["ids"])
+        score(
+            logits(seed) + noise * random.normal(size=(SCORED, VOCABULARY)).astype(np.float32), text(seed), own["ids"]
+        )
         for seed, own in enumerate(reference)
     ]
     return reference, candidate
@@ -91,7 +93,12 @@ def test_more_noise_loses_more() -> None:
 
 @pytest.mark.parametrize(
     ("noise", "regret", "words"),
-    [(0.0, 0.0, None), (0.0, 0.2, "not what it finds likeliest"), (1.0, 0.0, "perplexity"), (0.0, math.nan, "likeliest")],
+    [
+        (0.0, 0.0, None),
+        (0.0, 0.2, "not what it finds likeliest"),
+        (1.0, 0.0, "perplexity"),
+        (0.0, math.nan, "likeliest"),
+    ],
 )
 def test_what_is_rejected(noise: float, regret: float, words: str | None) -> None:
     found = why_language_rejected(compared(noise, regret), Gates(max_drop=0.01))
