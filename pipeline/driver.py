@@ -19,7 +19,7 @@ from optimize.pipeline.contract import Checkpoint, Gates, Labelling, Objective, 
 from optimize.pipeline.emit import check_out
 from optimize.pipeline.errors import OptimizeError, RequestError
 from optimize.pipeline.manifest import Report
-from optimize.pipeline.plan import Plan, make_plan
+from optimize.pipeline.plan import Plan, make_plan, shortened
 from optimize.pipeline.progress import Progress
 from optimize.pipeline.recipe import parse
 from optimize.pipeline.run import Run, Texts, new_run_folder
@@ -70,7 +70,7 @@ class Request:
         read = examples.read_examples(self.data, task, classes)
         plan = make_plan(
             checkpoint, target, self._recipes(defaults.recipes(checkpoint, target)),
-            workload=self.workload or task.workload,
+            workload=self.workload or shortened(task.workload, checkpoint.max_length),
             generates=task.generates, budget=parse_budget(self.budget or task.budget),
             gates=Gates(task.max_drop if self.max_drop is None else self.max_drop, self.min_speedup, self.max_load),
             evaluation=f"{len(read.evaluation)} examples of {read.source}, {len(read.calibration)} others to calibrate",

@@ -25,6 +25,8 @@ HIDDEN = "last_hidden_state"
         ("RobertaForTokenClassification", "token-classification"),
         ("ModernBertForMaskedLM", "fill-mask"),
         ("ElectraForQuestionAnswering", "question-answering"),
+        ("LlamaForCausalLM", "text-generation"),
+        ("GPT2LMHeadModel", "text-generation"),
     ],
 )
 def test_infers_the_task(architecture: str, task: str, tmp_path: Path) -> None:
@@ -37,9 +39,9 @@ def test_infers_the_task(architecture: str, task: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "architecture",
     [
-        *("T5ForConditionalGeneration", "LlamaForCausalLM", "BertForMultipleChoice", "ViTForImageClassification"),
+        *("T5ForConditionalGeneration", "BertForMultipleChoice", "ViTForImageClassification"),
         *("BertForPreTraining", "Wav2Vec2ForCTC", "CLIPTextModelWithProjection"),
-        *("GPT2LMHeadModel", "GPT2DoubleHeadsModel"),
+        "GPT2DoubleHeadsModel",
     ],
 )
 def test_an_architecture_without_a_task_is_refused_with_the_tasks_there_are(architecture: str, tmp_path: Path) -> None:

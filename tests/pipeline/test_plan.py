@@ -12,7 +12,7 @@ import pytest
 from optimize.pipeline import plan as plan_module
 from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Gates, Kind, Pass, StepFacts, Target
 from optimize.pipeline.errors import RequestError
-from optimize.pipeline.plan import checkpoint_key, make_plan, parse_workload, step_key
+from optimize.pipeline.plan import checkpoint_key, make_plan, parse_workload, shortened, step_key
 from optimize.pipeline.recipe import parse
 from optimize.pipeline.store import Store
 from optimize.targets.cpu import recipes
@@ -256,6 +256,13 @@ def test_gates_that_mean_nothing_are_refused(
 def test_gates_at_their_ends_are_taken(checkpoint: Checkpoint, target: Target, versions: dict[str, str]) -> None:
     gates = Gates(max_drop=1.0, min_speedup=0.5, max_load=0)
     assert make_plan(checkpoint, target, [parse("checkpoint")], gates=gates).gates == gates
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("1x32,1x128,8x128", "1x32,1x64,8x64"), ("1x32+32,1x512+16,1x64+16", "1x32+32,1x48+16")]
+)
+def test_a_workload_that_nobody_asked_for_is_shortened(given: str, expected: str) -> None:
+    assert shortened(given, 64) == expected
 
 
 def test_workload() -> None:
