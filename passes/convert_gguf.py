@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from optimize.models.checkpoint import read_config
-from optimize.passes import _gguf_tokenizer
+from optimize.passes import _ggml, _gguf_tokenizer
 from optimize.passes._gguf_families import FAMILIES, Family, rope, why_not
 from optimize.passes._modelfile import modelfile
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
@@ -32,17 +33,19 @@ class Planned:
 class ConvertGguf(Pass):
     """Write every weight in one of GGUF's types; rows that do not fill its blocks of 32 stay in 16 bits.
 
-    With four bits, the embeddings, which are also what picks the next token, are kept in eight.
-    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    With four bits, the embeddings, which are also what picks the next token, are kept in eight. The K-quants, by
+    llama.cpp's names and mixtures, are made by its own quantizer; rows that do not fill their blocks of 256 take the
+    next wider type, as there.
+    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, llama.cpp's src/llama-quant.cpp
     """
 
     name: ClassVar = "convert-gguf"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.GGUF
     version: ClassVar = 1
-    tools: ClassVar = ("gguf", "safetensors", "torch", "transformers")
+    tools: ClassVar = ("gguf", "safetensors", "torch", "transformers", "xllamacpp")
 
-    type: Literal["f32", "bf16", "f16", "q8_0", "q4_0", "q4_1"] = "q8_0"
+    type: Literal["f32", "bf16", "f16", "q8_0", "q4_0", "q4_1", "q4_k_m", "q5_k_m", "q6_k"] = "q8_0"
 
     @property
     def arithmetic(self) -> str | None:
@@ -61,7 +64,8 @@ class ConvertGguf(Pass):
         writer = gguf.GGUFWriter(out / MODEL, family.name)
         _add_metadata(writer, config, source.path)
         tensors = list(_tensors(source.path, config, family))
-        types = {tensor.name: self._type_of(tensor) for tensor in tensors}
+        layers = config.get("num_hidden_layers") or config["n_layer"]
+        types = {tensor.name: self._type_of(tensor, layers) for tensor in tensors}
         for tensor in tensors:
             kind = types[tensor.name]
             shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, kind)
@@ -72,7 +76,9 @@ class ConvertGguf(Pass):
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tensors:
-            array = gguf.quants.quantize(np.ascontiguousarray(tensor.read()), types[tensor.name])
+            kind = types[tensor.name]
+            write = _ggml.quantize if kind.name in _ggml.NARROWER else gguf.quants.quantize
+            array = write(np.ascontiguousarray(tensor.read()), kind)
             writer.write_tensor_data(array.view(np.uint8))
         writer.close()
         text, remark = modelfile(source.path, MODEL)
@@ -82,15 +88,21 @@ class ConvertGguf(Pass):
         facts = {"tensors": len(tensors), "matrices": len(matrices), "in_other_types": wide}
         return facts | ({"modelfile": remark} if remark else {})
 
-    def _type_of(self, tensor: Planned) -> Any:
+    def _type_of(self, tensor: Planned, layers: int) -> Any:
         from gguf import GGMLQuantizationType as Type
 
         if len(tensor.shape) == 1 or any(part in tensor.name for part in EXACT):
             return Type.F32
-        wanted = Type[self.type.upper()]
-        if self.type.startswith("q4") and tensor.name in ("token_embd.weight", "output.weight"):
-            wanted = Type.Q8_0
-        return Type.F16 if self.type.startswith("q") and tensor.shape[-1] % 32 else wanted
+        picks = tensor.name in ("token_embd.weight", "output.weight")
+        if "_k" in self.type:
+            wanted = (
+                "Q6_K" if picks or (self.type.endswith("_m") and _more_bits(tensor.name, layers)) else self.type[:4]
+            )
+            wanted = wanted.upper()
+            wanted = _ggml.NARROWER[wanted] if tensor.shape[-1] % _ggml.BLOCK else wanted
+        else:
+            wanted = "Q8_0" if picks and self.type.startswith("q4") else self.type.upper()
+        return Type.F16 if wanted.startswith("Q") and tensor.shape[-1] % 32 else Type[wanted]
 
     def ensures(self, out: Path) -> None:
         import gguf
@@ -98,6 +110,15 @@ class ConvertGguf(Pass):
         reader = gguf.GGUFReader(out / MODEL)
         if not reader.tensors or "tokenizer.ggml.tokens" not in reader.fields:
             raise ValueError(f"{MODEL} lacks tensors or a tokenizer")
+
+
+def _more_bits(name: str, layers: int) -> bool:
+    """Whether the mixtures whose names end in _m keep six bits of a tensor, as llama.cpp's use_more_bits."""
+    match = re.fullmatch(r"blk\.(\d+)\.(attn_v|ffn_down|ffn_down_exps)\.weight", name)
+    if match is None:
+        return False
+    index, eighth = int(match[1]), layers // 8
+    return index < eighth or index >= 7 * layers // 8 or (index - eighth) % 3 == 2
 
 
 def _file_type(name: str) -> int:

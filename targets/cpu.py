@@ -49,6 +49,7 @@ GENERATING = {  # for language models
     "openvino-int4": "convert-openvino,quantize-openvino{mode=int4}",
     "gguf-bf16": "convert-gguf{type=bf16}",
     "gguf-q8_0": "convert-gguf",
+    "gguf-q4_k_m": "convert-gguf{type=q4_k_m}",
     "gguf-q4_1": "convert-gguf{type=q4_1}",
     "gguf-q4_0": "convert-gguf{type=q4_0}",
 }

@@ -9,7 +9,6 @@ Source: https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from optimize.passes import _ggml
 from optimize.passes.convert_gguf import MODEL
 from optimize.pipeline.contract import Array
 
@@ -65,12 +65,8 @@ _SILENT = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)(lambda level, text
 
 
 def library() -> Any:
-    """The shared library with llama.cpp in it. Raises RuntimeError where its structures are not those above."""
-    spec = importlib.util.find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
-        raise RuntimeError("xllamacpp is not installed: pip install xllamacpp")
-    (path,) = Path(spec.origin).parent.glob("xllamacpp*.so")
-    found = ctypes.CDLL(str(path))
+    """llama.cpp's functions. Raises RuntimeError where its structures are not those above."""
+    found = ctypes.CDLL(str(_ggml.library()))
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments

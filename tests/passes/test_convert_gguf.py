@@ -67,7 +67,7 @@ def test_llama_cpp_computes_what_transformers_does(
 
 
 def test_fewer_bits_lose_more(make_language_model: MakeCheckpoint, tmp_path: Path) -> None:
-    folder = make_language_model("LlamaForCausalLM")
+    folder = make_language_model("LlamaForCausalLM", hidden_size=256, intermediate_size=512)  # rows fill the blocks
     tokens = np.random.default_rng(0).integers(5, 500, 48)
     expected = eager.open_session(folder, "text-generation", 2).logits(tokens, 48)  # type: ignore[attr-defined]
     errors = [
@@ -75,9 +75,20 @@ def test_fewer_bits_lose_more(make_language_model: MakeCheckpoint, tmp_path: Pat
             llamacpp.open_session(converted(folder, tmp_path / kind, kind), "text-generation", 2).logits(tokens, 48)
             - expected
         ).mean()
-        for kind in ("f32", "q8_0", "q4_0")
+        for kind in ("f32", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
     ]
-    assert errors[0] < errors[1] < errors[2]
+    assert errors == sorted(errors) and errors[0] < errors[1] / 2, errors
+
+
+def test_k_quants_mix_types_as_llama_cpp_does(make_language_model: MakeCheckpoint, tmp_path: Path) -> None:
+    import gguf
+
+    folder = make_language_model("LlamaForCausalLM", hidden_size=256, intermediate_size=320, num_hidden_layers=4)
+    reader = gguf.GGUFReader(converted(folder, tmp_path / "out", "q4_k_m") / "model.gguf")
+    found = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert found["blk.0.attn_q.weight"] == "Q4_K" and found["output.weight"] == "Q6_K"
+    # rows of 320 fill no block of 256; the third and the last layer keep more bits
+    assert [found[f"blk.{layer}.ffn_down.weight"] for layer in range(4)] == ["Q5_0", "Q5_0", "Q8_0", "Q8_0"]
 
 
 def test_what_cannot_be_written_is_refused_in_the_plan(make_language_model: MakeCheckpoint) -> None:
