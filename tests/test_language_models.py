@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from optimize.pipeline.batches import NEW, load_batches, save_batches
+from optimize.pipeline.contract import Kind
 from optimize.pipeline.language import REGRET
+from optimize.pipeline.manifest import read_manifest
 from optimize.pipeline.worker import Worker
+from optimize.targets.runtimes import open_session
 from tests.conftest import QUICK, Cli, MakeCheckpoint, Outcome, run_optimize
 
 RECIPES = ("convert-openvino", "gguf-q8_0", "gguf-bf16")
@@ -19,7 +22,7 @@ SHORT = ("--workload", "1x8+3,2x16+3", *QUICK[2:])
 
 @pytest.fixture(scope="module")
 def language_model(make_language_model: MakeCheckpoint) -> Path:
-    return make_language_model("LlamaForCausalLM")
+    return make_language_model("LlamaForCausalLM", max_position_embeddings=8448)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,37 @@ def test_generate_is_transformers_own(
     assert found.shape == expected.shape
     if recipe == "convert-openvino":
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("recipe", ["convert-openvino", "gguf-q8_0"])
+def test_padding_on_either_side_changes_nothing(recipe: str, emitted: dict[str, tuple[Path, Outcome]]) -> None:
+    import optimize
+
+    model = optimize.load(emitted[recipe][0])
+    prompts = [list(range(20, 27)), list(range(40, 52)), list(range(60, 63))]
+    alone = [model.generate([prompt], max_new_tokens=5)[0, -5:].tolist() for prompt in prompts]
+    left, right = 1, 4  # of the longest prompt; the others have more on the left, on the right, or on both sides
+    ids, mask = np.zeros((2, 3, 12 + left + right), dtype=np.int64)
+    for row, (prompt, start) in enumerate(zip(prompts, (10, left, 7), strict=True)):
+        ids[row, start : start + len(prompt)], mask[row, start : start + len(prompt)] = prompt, 1
+    together = model.generate(ids, attention_mask=mask, max_new_tokens=5)[:, -5:].tolist()
+    assert together == alone and len(set(map(tuple, alone))) == 3
+
+
+@pytest.mark.parametrize("recipe", ["convert-openvino", "gguf-q8_0"])
+@pytest.mark.parametrize("length", [2048, 8192])
+def test_long_prompts(recipe: str, length: int, emitted: dict[str, tuple[Path, Outcome]], language_model: Path) -> None:
+    out, _ = emitted[recipe]
+    manifest = read_manifest(out)
+    session: Any = open_session(manifest.kind, out, "text-generation", 2)
+    reference: Any = open_session(Kind.CHECKPOINT, language_model, "text-generation", 2)
+    long = np.random.default_rng(length).integers(5, 500, length)
+    prompts, written = [long, long[:7]], np.array([31, 37])
+    for each in ("prefill", "step"):
+        found, expected = (
+            side.prefill(prompts, 8) if each == "prefill" else side.step(written) for side in (session, reference)
+        )
+        assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max(), each
 
 
 def test_run_prints_what_comes_and_serve_says_what_has_no_server(

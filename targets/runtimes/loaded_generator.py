@@ -43,16 +43,19 @@ class LoadedGenerator(transformers.PreTrainedModel, transformers.GenerationMixin
 
     def generate(self, inputs: Any = None, **options: Any) -> Any:
         """As transformers' `generate`, greedy or sampled: token ids of [batch, prompt + new]."""
-        ids = inputs if inputs is not None else options.get("input_ids")
-        if ids is None:
+        given = inputs if inputs is not None else options.pop("input_ids", None)
+        if given is None:
             raise ValueError("input_ids is missing")
+        ids = torch.as_tensor(given)
+        if options.get("attention_mask") is not None:
+            options["attention_mask"] = torch.as_tensor(options["attention_mask"])
         config = options.get("generation_config") or self.generation_config
         new = options.get("max_new_tokens") or config.max_new_tokens
         longest = options.get("max_length") or config.max_length or 20
         self._room = int(new or max(longest - ids.shape[1], 1))
         self._seen = None
         with torch.inference_mode():
-            return super().generate(inputs, use_cache=False, **options)
+            return super().generate(ids, use_cache=False, **options)
 
     def prepare_inputs_for_generation(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
         """All that was read and written so far: `forward` sees what of it is new."""
