@@ -34,8 +34,9 @@ What has no line above is not in this version. What is, but was never run, or on
 |---|---|
 | targets `gpu` and `multi-gpu` | a later version: no pass, runtime or measurement for them yet |
 | IPEX, TensorRT, TensorRT-LLM, vLLM | not in this version |
-| GGUF, Ollama | not in this version |
-| generation, encoder-decoders, vision, audio | not in this version: no task for them |
+| Ollama | not run here: a GGUF carries a Modelfile, and is judged by llama.cpp |
+| OpenVINO Model Server | not run here: a language model in OpenVINO is run by openvino-genai |
+| encoder-decoders, vision, audio | not in this version: no task for them |
 | huggingface.co itself | hub ids are tested against a local server that answers the hub's API only |
 | Xet transfers | left to huggingface_hub; the local server does not offer them |
 | datasets on the hub (`--data NAME:SPLIT`) | written; only the refusal without a network is tested |
