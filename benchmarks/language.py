@@ -3,8 +3,9 @@
     python benchmarks/language.py CHECKPOINT [--out benchmarks/results] [--budget 20m] [--cache DIR] [--report FILE]
 
 Writes language.json, the report of all recipes of the CPU and of PEERS at a gate of 3%, and language-texts.json. There,
-of the float32 model and of each artifact: ten prompts continued greedily, side by side, and which texts of the tokenizer's
-corpus it spells otherwise; of the float32 model and the emitted artifact: the perplexity of gensim's 300 news documents.
+of the float32 model and of each artifact: ten prompts continued greedily, side by side, and which texts of the
+tokenizer's corpus it spells otherwise; of the float32 model and the emitted artifact: the perplexity of gensim's
+300 news documents.
 """
 
 import argparse
