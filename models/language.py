@@ -53,13 +53,13 @@ def encode_prompts(folder: Path, rows: Sequence[Row], cells: Iterable[Cell]) -> 
         turned *= -(-length // len(turned))
         return [*prefix, *turned][:length]
 
-    batches = [_batch([cut(index, cell.sequence) for index in range(cell.batch)], cell.new) for cell in cells]
-    ragged = _batch([cut(index, length) for index, length in enumerate(RAGGED)], RAGGED_NEW)
+    batches = [pad_prompts([cut(index, cell.sequence) for index in range(cell.batch)], cell.new) for cell in cells]
+    ragged = pad_prompts([cut(index, length) for index, length in enumerate(RAGGED)], RAGGED_NEW)
     return [*batches, ragged | {UNTIMED: np.array(True)}]
 
 
-def _batch(prompts: Sequence[Sequence[int]], new: int) -> Encoded:
-    """Padded on the left, as `generate` takes it."""
+def pad_prompts(prompts: Sequence[Sequence[int]], new: int) -> Encoded:
+    """One batch of prompts that `new` tokens follow, padded on the left, as `generate` takes it."""
     longest = max(map(len, prompts))
     ids = np.array([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = np.array([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])

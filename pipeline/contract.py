@@ -46,11 +46,18 @@ class LabelKind(StrEnum):
     SCORE = "score"  # a number: how alike two texts are to people
     TAGS = "tags"  # a class for each word, by index
     ANSWERS = "answers"  # every text that is right; of none, the question cannot be answered
+    CHOICE = "choice"  # the right one of a question's choices, by index
+    TARGETS = "targets"  # every text that is right, of which a language model writes one
 
     @property
     def names_classes(self) -> bool:
         """Whether labels are the model's own classes, by its own names."""
         return self in (LabelKind.CLASS, LabelKind.TAGS)
+
+    @property
+    def of_questions(self) -> bool:
+        """Whether a language model is asked: its questions are judged beside running text, not in place of it."""
+        return self in (LabelKind.CHOICE, LabelKind.TARGETS)
 
 
 @dataclass(frozen=True)

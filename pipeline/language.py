@@ -83,7 +83,11 @@ def compare_language(
     reference: Sequence[Example], candidate: Sequence[Example],
     written: Sequence[Example], continued: Sequence[Example],
 ) -> LanguageAccuracy:  # fmt: skip
-    """Compare windows and continued prompts pairwise. Raises OutputError when their shapes differ."""
+    """Compare windows and continued prompts pairwise, whatever else was scored beside the windows.
+
+    Raises OutputError when their shapes differ.
+    """
+    reference, candidate = ([each for each in side if LOSS in each] for side in (reference, candidate))
     for ours, theirs in zip([*candidate, *continued], [*reference, *written], strict=True):
         for name in theirs.keys() & {LOSS, TOKENS}:
             if ours[name].shape != theirs[name].shape:

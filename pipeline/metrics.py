@@ -42,6 +42,7 @@ class Metric:
     resolution: float  # the smallest drop that so many can show: see docs/measuring.md for how each metric has it
     unit: str = "examples"  # what is counted
     power: float = 1.0  # the resolution shrinks as their number to this power grows
+    gates: bool = True  # whether a drop of it rejects
 
     def __str__(self) -> str:
         test = "" if self.p_value is None else f", McNemar p {self.p_value:.2g}"
@@ -50,6 +51,8 @@ class Metric:
 
     def why_rejected(self, allowed: float) -> str | None:
         """By the interval's upper end where the data can resolve the gate, by the estimate where they cannot."""
+        if not self.gates:
+            return None
         words, gate = f"{self.name} drops by {self.drop.value:.4f}", f"above the gate of {allowed:g}"
         if self.resolution <= allowed < self.drop.high:
             return f"{words} (at most {self.drop.high:.4f}), {gate}"
@@ -59,7 +62,7 @@ class Metric:
 
     def what_it_leaves_open(self, allowed: float) -> str | None:
         """That the labelled data are too few for the gate, and how many it would take; None when they suffice."""
-        if self.resolution <= allowed:
+        if self.resolution <= allowed or not self.gates:
             return None
         return (
             f"{self.name} on {self.examples} labelled {self.unit} cannot show a drop below {self.resolution:.4f}: "
@@ -80,8 +83,7 @@ def task_metrics(
     the judged outputs of each example. Raises KeyError or ValueError where these and the labels do not fit each other.
     """
     kind, labels = labelling.kind, labelling.labels
-    if not all(_is_label(each, kind) for each in labels):
-        raise ValueError(f"the labels are not all of kind {kind}")
+    check_labels(labelling)
     if kind == LabelKind.CLASS:
         return classification_metrics(reference, candidate, cast(Sequence[int], labels))
     if kind == LabelKind.SCORE:
@@ -108,7 +110,7 @@ def classification_metrics(
     def macro(answers: NDArray[Any], rows: NDArray[Any]) -> float:
         return float(f1_score(truth[rows], answers[rows], average="macro", zero_division=0))
 
-    accuracy = _share_of_right("accuracy", before == truth, after == truth)
+    accuracy = share_of_right("accuracy", before == truth, after == truth)
     # an answer that was wrong and still is can be another one, which macro F1 sees too
     changed = int((before != after).sum())
     _, sizes = np.unique(truth, return_counts=True)
@@ -168,7 +170,7 @@ def tagging_metrics(
             sentences.append([(labels[word], words[word], others[word]) for word in words])
     answered = np.array([word for sentence in sentences for word in sentence]).reshape(-1, 3)
     truth, before, after = answered.T
-    accuracy = _share_of_right("token accuracy", before == truth, after == truth, "words")
+    accuracy = share_of_right("token accuracy", before == truth, after == truth, "words")
     names = [name for name in classes.values() if name != "O"]
     if not names or not all(name.startswith(IOB) for name in names):
         return (accuracy,)
@@ -206,12 +208,12 @@ def answering_metrics(
     scores = each(token_f1, before), each(token_f1, after)
     changed = int((scores[0] != scores[1]).sum())
     return (
-        _share_of_right("exact match", each(exact_match, before), each(exact_match, after)),
+        share_of_right("exact match", each(exact_match, before), each(exact_match, after)),
         _bootstrapped("token F1", mean, *scores, changed),
     )
 
 
-def _share_of_right(name: str, before: NDArray[np.bool_], after: NDArray[np.bool_], unit: str = "examples") -> Metric:
+def share_of_right(name: str, before: NDArray[np.bool_], after: NDArray[np.bool_], unit: str = "examples") -> Metric:
     """The share of right answers. `before` and `after` say which the reference and the candidate got right.
 
     The interval is exact too: Clopper and Pearson's for the answers lost and for those gained, each at half of the 5%,
@@ -269,8 +271,14 @@ def _entities(sentence: Sequence[tuple[int, int, int]], classes: Mapping[int, st
     return [(len(side & truth), len(side), len(truth)) for side in sides]
 
 
+def check_labels(labelling: Labelling) -> None:
+    """Raise ValueError unless all labels are of the kind that they are said to be."""
+    if not all(_is_label(each, labelling.kind) for each in labelling.labels):
+        raise ValueError(f"the labels are not all of kind {labelling.kind}")
+
+
 def _is_label(label: object, kind: LabelKind) -> bool:
-    if kind == LabelKind.CLASS:
+    if kind in (LabelKind.CLASS, LabelKind.CHOICE):
         return isinstance(label, int)
     if kind == LabelKind.SCORE:
         return isinstance(label, int | float)

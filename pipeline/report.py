@@ -44,7 +44,8 @@ def print_report(console: Console, report: Report, out: Path) -> None:
         console.print(f"{name}: {metric}", markup=False, highlight=False, soft_wrap=True)
     if metrics:
         allowed, shown = report.gates.max_drop, report.emitted or metrics[0][0]
-        coarsest = max((metric for name, metric in metrics if name == shown), key=lambda each: each.needed(allowed))
+        gating = (metric for name, metric in metrics if name == shown and metric.gates)
+        coarsest = max(gating, key=lambda each: each.needed(allowed))
         if unresolved := coarsest.what_it_leaves_open(allowed):
             console.print(unresolved, markup=False, highlight=False, soft_wrap=True)
     for name, reason in report.left_out.items():

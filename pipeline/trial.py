@@ -17,6 +17,7 @@ from optimize.pipeline.errors import OutputError, WorkerError
 from optimize.pipeline.language import LanguageAccuracy, compare_language, why_language_rejected
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.metrics import task_metrics
+from optimize.pipeline.questions import question_metrics
 from optimize.pipeline.workers import WorkerProcess
 
 STEP_LIMIT = float(os.environ.get("OPTIMIZE_STEP_LIMIT", "1800"))  # seconds for one pass or one request
@@ -85,7 +86,7 @@ class Trial:
         elif batches == TEXT:
             reference = self.inputs / f"reference.{TEXT}.npz"
             named = str(reference) if out.resolve() != reference.resolve() else None
-            answer = ask("score", windows=inputs, reference=named, out=out_text)
+            answer = ask("score", windows=inputs, reference=named, out=out_text, folder=str(self.tokenizer))
         else:
             answer = ask("write_on", prompts=inputs, out=out_text)
         if answer["problems"]:
@@ -104,6 +105,10 @@ class Trial:
             out.unlink(missing_ok=True)
         if self.meaning is Meaning.NEXT:
             found = compare_language(reference[TEXT], evaluated, reference[CELLS], celled)
+            if self.labelling is not None:
+                batches = load_batches(self.inputs / f"{TEXT}.npz")
+                metrics = question_metrics(self.labelling, batches, reference[TEXT], evaluated)
+                found = dataclasses.replace(found, metrics=metrics)
             if repeat_error > REPEATED:
                 return found, f"two runs of one text differ by {repeat_error:.2g} in their logits"
             misspelt: list[str] = worker.ask("spell", limit=STEP_LIMIT, folder=str(self.tokenizer))

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from optimize.pipeline.batches import FIRST, NEW, UNTIMED
+from optimize.pipeline.batches import NEW, UNTIMED
 from optimize.pipeline.contract import Artifact, Cell, Context, Kind, Target
 
 PR_SET_PDEATHSIG = 1
@@ -86,18 +86,23 @@ class Worker:
         out: str,
         task: str,
         labelled: bool = False,
+        questions: list[Any] | None = None,
     ) -> None:
         """Encode text with the checkpoint's tokenizer into evaluation.npz, calibration.npz and cells.npz.
 
-        Where the text is `labelled`, evaluation.npz also has what turns outputs into answers (see answers.py).
+        Where the text is `labelled`, evaluation.npz also has what turns outputs into answers (see answers.py). A
+        language model's labelled `questions` stand behind the windows of its text.
         """
         from optimize.models import encoding, language
+        from optimize.models.questions import encode_questions
         from optimize.models.tasks import TASKS
         from optimize.pipeline.batches import save_batches
 
         source, target = Path(folder), Path(out)
         if TASKS[task].generates:
-            save_batches(target / "evaluation.npz", language.encode_windows(source, evaluation, max_length))
+            windows = language.encode_windows(source, evaluation, max_length)
+            asked = encode_questions(source, questions or [], max_length)
+            save_batches(target / "evaluation.npz", [*windows, *asked])
             if calibration:
                 save_batches(target / "calibration.npz", language.encode_windows(source, calibration, max_length))
             prompts = language.encode_prompts(source, evaluation, [Cell(*cell) for cell in cells])
@@ -213,28 +218,51 @@ class Worker:
             batch *= 2
         return best
 
-    def score(self, windows: str, reference: str | None, out: str) -> dict[str, Any]:
-        """Score every window of an .npz (see language.score), at the tokens that the reference's scores name."""
+    def score(self, windows: str, reference: str | None, out: str, folder: str) -> dict[str, Any]:
+        """Score every window of an .npz (see language.score), at the tokens that the reference's scores name; and
+        answer every question behind them, with the tokenizer in a checkpoint's `folder`.
+        """
         import numpy as np
 
         from optimize.pipeline.batches import load_batches, save_batches
-        from optimize.pipeline.language import IDS, score
+        from optimize.pipeline.language import IDS, LOSS, score
+        from optimize.pipeline.questions import ANSWERS, CHARACTERS, ENDS, LIKELIHOODS, sequences
 
         session = self._session
         batches = load_batches(Path(windows))
-        named = [each[IDS] for each in load_batches(Path(reference))] if reference else [None] * len(batches)
+        named = [each.get(IDS) for each in load_batches(Path(reference))] if reference else [None] * len(batches)
         found = []
         for batch, ids in zip(batches, named, strict=True):
-            tokens = batch["input_ids"]
-            scored = tokens[int(batch[FIRST]) :]
-            logits = session.logits(tokens[:-1], len(scored))
-            if problems := _wrong(logits, len(scored)):
-                return {"problems": problems, "repeat_error": 0.0}
-            found.append(score(logits, scored, ids))
+            if ENDS in batch:
+                found.append({ANSWERS: np.array(self._answers(batch, Path(folder)), dtype=np.str_)})
+                continue
+            scores = []
+            for tokens, first in sequences(batch):
+                scored = tokens[first:]
+                logits = session.logits(tokens[:-1], len(scored))
+                if problems := _wrong(logits, len(scored)):
+                    return {"problems": problems, "repeat_error": 0.0}
+                scores.append(score(logits, scored, ids))
+            likelihoods = np.array([-each[LOSS].sum(dtype=np.float64) for each in scores])
+            found.append({LIKELIHOODS: likelihoods} if CHARACTERS in batch else scores[0])
         save_batches(Path(out), found)
         tokens = batches[0]["input_ids"]
         repeat = float(np.abs(session.logits(tokens, 1) - session.logits(tokens, 1)).max())
         return {"problems": [], "repeat_error": repeat}
+
+    def _answers(self, batch: Mapping[str, Any], folder: Path) -> list[str]:
+        """What the session writes behind each prompt of a batch, to the end of the line."""
+        from optimize.models.encoding import load_tokenizer
+        from optimize.models.questions import answer_text, is_over
+        from optimize.pipeline.questions import ENDS
+        from optimize.targets.runtimes.generating import write_until
+
+        tokenizer, ends = load_tokenizer(folder), batch[ENDS].tolist()
+        prompts = call_of(self._session, batch).prompts
+        written = write_until(
+            self._session, prompts, int(batch[NEW]), lambda tokens: is_over(tokenizer, tokens, ends)
+        )  # fmt: skip
+        return [answer_text(tokenizer, tokens, ends) for tokens in written]
 
     def spell(self, folder: str) -> list[str]:
         """Where the runtime's own tokenizer differs from that of a checkpoint's folder."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,3 +24,21 @@ def generate(session: Any, prompts: Sequence[Array], new: int) -> Generation:
         steps.append(tokens)
         seconds.append(time.perf_counter() - start)
     return Generation(np.stack(steps, axis=1).astype(np.int64), tuple(seconds))
+
+
+def write_until(
+    session: Any, prompts: Sequence[Array], new: int, is_over: Callable[[list[int]], bool]
+) -> list[list[int]]:
+    """What is written behind each prompt until it `is_over`, or `new` tokens long."""
+    written: list[list[int]] = [[] for _ in prompts]
+    over = [False] * len(prompts)
+    logits = session.prefill(prompts, new)
+    while True:
+        tokens = logits.argmax(axis=-1)
+        for row, token in enumerate(tokens.tolist()):
+            if not over[row]:
+                written[row].append(token)
+                over[row] = len(written[row]) == new or is_over(written[row])
+        if all(over):
+            return written
+        logits = session.step(tokens)
