@@ -92,8 +92,7 @@ def support_page() -> str:
 
 
 def _labelled(task: Task) -> str:
-    labelled = task.labelled
-    return "" if labelled is None else ", ".join((*labelled.columns, " or ".join(labelled.names)))
+    return "<br>".join(", ".join((*form.columns, " or ".join(form.names))) for form in task.labelled)
 
 
 def exit_codes_page(page: str) -> str:

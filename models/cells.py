@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optimize.pipeline.contract import LabelKind
@@ -37,8 +37,32 @@ def _list(value: object, column: str, where: str) -> list[Any]:
     )
 
 
+def _choices(value: object, column: str, where: str) -> list[str]:
+    """A list of texts, or ARC's {"text": [...], "label": [...]}."""
+    if value is None:
+        raise RequestError(
+            f"{where} has no {column}, which other rows have",
+            hint="questions with choices and questions without go into files of their own",
+        )
+    found = value.get("text") if isinstance(value, Mapping) else value
+    texts = [read_text(text, f"a text of {column}", where) for text in _list(found, column, where)]
+    if len(texts) == 1:
+        raise RequestError(f"{where}: {column} has one text alone", hint="give at least two to choose from")
+    if isinstance(value, Mapping) and len(_letters(value, texts)) != len(texts):
+        raise RequestError(f"{where}: {len(texts)} texts of {column} and {len(_letters(value, texts))} labels")
+    return texts
+
+
+def _letters(value: object, texts: Sequence[str]) -> list[str]:
+    """What choices are called: their own labels, or A, B, C, ..."""
+    labels = value.get("label") if isinstance(value, Mapping) else None
+    if labels is None:
+        return [chr(ord("A") + index) for index in range(min(len(texts), 26))]
+    return [str(label).strip() for label in labels] if isinstance(labels, list) else []
+
+
 LARGEST_SCORE = 1e100  # squares of larger ones are no numbers any more
-READERS = {"tokens": _words}  # of the columns that are not text
+READERS = {"tokens": _words, "choices": _choices}  # of the columns that are not text
 
 
 def read_label(
@@ -51,7 +75,11 @@ def read_label(
     if kind == LabelKind.SCORE:
         return _score(value, column, where)
     if kind == LabelKind.ANSWERS:
-        return _answers(value, column, where)
+        return _answers(value, column, where, none_is_allowed=True)
+    if kind == LabelKind.TARGETS:
+        return _answers(value, column, where, none_is_allowed=False)
+    if kind == LabelKind.CHOICE:
+        return _right(value, column, texts["choices"], row["choices"], where)
     tags, words = _list(value, column, where), texts["tokens"]
     if len(tags) != len(words):
         raise RequestError(f"{where}: {len(words)} tokens and {len(tags)} {column}", hint="give each token its tag")
@@ -74,6 +102,30 @@ def _class(value: object, column: str, where: str, id2label: Mapping[int, str]) 
     raise RequestError(f"{where}: {column} {value!r} is not one of the model's", hint=f"the model's labels: {listed}")
 
 
+def _right(value: object, column: str, texts: Sequence[str], choices: object, where: str) -> int:
+    """The index of the right choice, given as that, by its letter or label, or as its text.
+
+    Labels that the choices bring along come first. Else no order of the readings is right for all data: where they
+    name different choices, the row is refused.
+    """
+    letters = _letters(choices, texts)
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    if isinstance(value, bool):
+        text = ""
+    if isinstance(choices, Mapping) and letters.count(text) == 1:
+        return letters.index(text)
+    found = {index for index, choice in enumerate(texts) if isinstance(value, str) and choice.strip() == text}
+    found |= {index for index, letter in enumerate(letters) if letter == text and isinstance(value, str)}
+    found |= {int(text)} if text.isascii() and text.isdigit() and int(text) < len(texts) else set()
+    if len(found) == 1:
+        return found.pop()
+    named = "names none of the choices" if not found else f"can name {len(found)} of the choices"
+    raise RequestError(
+        f"{where}: {column} {value!r:.40} {named}",
+        hint=f"give the right one's index, from 0 to {len(texts) - 1}; or one of {', '.join(letters)}; or its text",
+    )
+
+
 def _score(value: object, column: str, where: str) -> float:
     try:
         score = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
@@ -86,8 +138,8 @@ def _score(value: object, column: str, where: str) -> float:
     )
 
 
-def _answers(value: object, column: str, where: str) -> tuple[str, ...]:
-    """SQuAD's {"text": [...]}, a list of texts, or one text; an empty list says that there is no answer."""
+def _answers(value: object, column: str, where: str, *, none_is_allowed: bool) -> tuple[str, ...]:
+    """SQuAD's {"text": [...]}, a list of texts, or one text; an empty list can say that there is no answer."""
     found = value.get("text") if isinstance(value, Mapping) else value
     if isinstance(found, str):
         if re.match(r"\s*(\{.*\banswer_start\b|\[\s*['\"])", found, re.DOTALL):
@@ -95,9 +147,10 @@ def _answers(value: object, column: str, where: str) -> tuple[str, ...]:
                 f"{where}: {column} is a list written as text", hint="give a .jsonl or .parquet file, or one plain text"
             )
         found = [found]
-    if not isinstance(found, list):
+    if not isinstance(found, list) or not (found or none_is_allowed):
+        none = "[] says that there is no answer" if none_is_allowed else "every question needs a text that is right"
         raise RequestError(
             f"{where}: {column} {value!r:.40} is no list of texts",
-            hint='write ["..."], or {"text": ["..."]} as SQuAD does; [] says that there is no answer',
+            hint=f'write ["..."], or {{"text": ["..."]}} as SQuAD does; {none}',
         )
     return tuple(read_text(answer, column, where) for answer in found)

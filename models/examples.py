@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,30 @@ SHIPPED = Path(__file__).parent / "data" / "text.jsonl"
 MAX_CALIBRATION = 128  # examples
 MAX_EVALUATION = 1024
 MAX_LABELLED = 4500  # as many as resolve the default gate where no answer changes
+MAX_QUESTIONS = 450  # likewise, of a language model, whose gate is wider and whose questions take longer
 MIN_EVALUATION = 8
-ALIASES = {"text": ("text", "sentence", "sentence1"), "text_pair": ("text_pair", "sentence2")}
+ALIASES = {
+    "text": ("text", "sentence", "sentence1"),
+    "text_pair": ("text_pair", "sentence2"),
+    "query": ("query", "question", "ctx", "context"),  # all that a language model reads before it answers
+}
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Text for one run, already split. Labels are in the order of `evaluation`: one for each row, or each two rows."""
+    """Text for one run, already split. Labels are in the order of `evaluation`: one for each row, or each two rows.
+
+    Those of a language model are in the order of `questions`.
+    """
 
     source: str  # where the text came from, for the manifest
     evaluation: tuple[Row, ...]
     calibration: tuple[Row, ...]
     labels: Labels | None = None
+    kind: LabelKind | None = None  # of the labels
+    questions: tuple[Row, ...] = ()  # that a language model answers; `evaluation` is then the shipped text
 
     @property
     def calibration_digest(self) -> str:
@@ -48,12 +58,18 @@ def read_examples(data: str | None, task: Task, id2label: Mapping[int, str] | No
     """The examples of a file or hub dataset, or the text that ships with the package.
 
     `data` names a .jsonl, .csv or .parquet file, or a dataset on the hub as `NAME` or `NAME:SPLIT`. It is labelled
-    where it has the columns of `task.labelled` and labels in any row. Rows that repeat an earlier text are dropped, and
-    what evaluation has is left out of the calibration, so that the two cannot share one. Raises RequestError for files
-    that cannot be read, missing columns, empty or non-text cells, and labels that are none or that the model lacks.
+    where it has the columns of one of `task.labelled` and labels in any row. Rows that repeat an earlier text are
+    dropped, and what evaluation has is left out of the calibration, so that the two cannot share one. Questions that a
+    language model answers are no text to take its perplexity on: that is then the shipped one.
+
+    Raises RequestError for files that cannot be read, missing columns, empty or non-text cells, and labels that are
+    none or that the model lacks.
     """
     rows = _shipped(task) if data is None else read_rows(data)
     labelled, label = (None, "") if data is None else _labelled(rows, task)
+    asks = labelled is not None and labelled.kind.of_questions
+    if task.generates:
+        _check_one_form(rows, labelled, data, task)
     columns = {column: _column(rows, column, data, task) for column in (labelled or task).columns}
     pair = next((name for name in ALIASES["text_pair"] if rows and name in rows[0]), None)
     if "text" in columns and pair and task.name != "sentence-similarity":
@@ -80,11 +96,19 @@ def read_examples(data: str | None, task: Task, id2label: Mapping[int, str] | No
             hint="give pairs that people found more alike and less alike",
         )
     judged = _inputs([texts for texts, _ in evaluation], labelled)
-    return Examples(data or f"shipped text ({SHIPPED.name})", tuple(judged), tuple(calibration), labels)
+    kind = labelled.kind if labelled else None
+    if asks:
+        return replace(read_examples(None, task), labels=labels, kind=kind, questions=tuple(judged))
+    return Examples(data or f"shipped text ({SHIPPED.name})", tuple(judged), tuple(calibration), labels, kind)
 
 
 def _split(kept: Sequence[tuple[Row, Any]], labelled: Labelled | None) -> tuple[list[tuple[Row, Any]], list[Row]]:
-    """Rows with labels to evaluate, and inputs to calibrate with: every third row's, but none that is evaluated."""
+    """Rows with labels to evaluate, and inputs to calibrate with: every third row's, but none that is evaluated.
+
+    A language model's questions do not calibrate.
+    """
+    if labelled and labelled.kind.of_questions:
+        return [kept[index] for index in _some(range(len(kept)), MAX_QUESTIONS)], []
     calibrating = set(_some(range(1, len(kept), 3), MAX_CALIBRATION))
     inputs_of_a_row = len(labelled.columns) if labelled and labelled.apart else 1
     most = (MAX_LABELLED if labelled else MAX_EVALUATION) // inputs_of_a_row
@@ -114,11 +138,36 @@ def _shipped(task: Task) -> list[Row]:
 def _labelled(rows: Sequence[Row], task: Task) -> tuple[Labelled | None, str]:
     """The task's labelled columns and the name of the labels', if any row has them: rows without are refused later."""
     found = {name for row in rows for name in row}
-    labelled = task.labelled
-    if labelled is None or not all(found & set(ALIASES.get(name, (name,))) for name in labelled.columns):
-        return None, ""
-    label = next((name for name in labelled.names if name in found), None)
-    return (labelled, label) if label is not None else (None, "")
+    for labelled in task.labelled:
+        label = next((name for name in labelled.names if name in found), None)
+        if label is not None and all(found & set(ALIASES.get(name, (name,))) for name in labelled.columns):
+            return labelled, label
+    return None, ""
+
+
+def _check_one_form(rows: Sequence[Row], labelled: Labelled | None, data: str | None, task: Task) -> None:
+    """Nothing of what a language model might be judged on is left out silently."""
+    found = {name: None for row in rows for name in row}
+    asked = [name for name in ALIASES["query"] if name in found]
+    text = [name for name in ALIASES["text"] if name in found]
+    if labelled is None and "choices" in found and not text:
+        names = next(form.names for form in task.labelled if form.kind == LabelKind.CHOICE)
+        raise RequestError(
+            f"--data {data} has choices, and no column {' or '.join(names)} to say which is right",
+            hint=f"columns found: {', '.join(map(str, found))}",
+        )
+    if labelled is None:
+        return
+    if text:
+        raise RequestError(
+            f"--data {data} has running text ({text[0]}) and questions ({asked[0]})",
+            hint="give one of them, or each in a file and a run of its own",
+        )
+    if len(asked) > 1 and asked[0] != ALIASES["query"][0]:
+        raise RequestError(
+            f"--data {data} has the columns {' and '.join(asked)}: it is not known what the model is to read",
+            hint=f"put all of it, as the model is to read it, into one column, {ALIASES['query'][0]}",
+        )
 
 
 def _column(rows: Sequence[Row], column: str, data: str | None, task: Task) -> str:
@@ -126,8 +175,8 @@ def _column(rows: Sequence[Row], column: str, data: str | None, task: Task) -> s
     for name in names:
         if name in rows[0]:
             return name
-    labelled = task.labelled
-    columns = "" if labelled is None else f"; labelled data have {', '.join((*labelled.columns, labelled.names[0]))}"
+    forms = [", ".join((*labelled.columns, labelled.names[0])) for labelled in task.labelled]
+    columns = f"; labelled data have {'; or '.join(forms)}" if forms else ""
     raise RequestError(
         f"--data {data} has no column {' or '.join(names)}",
         hint=f"columns found: {', '.join(map(str, rows[0]))}{columns}",

@@ -42,7 +42,9 @@ class Task:
     outputs: Mapping[str, tuple[str, ...]]
     output_class: str  # of transformers.modeling_outputs
     meaning: Meaning = Meaning.VECTOR  # of the outputs; a classifier's config may say otherwise: see output_meaning
-    labelled: Labelled | None = None  # what the task's own metrics are computed on
+    labelled: tuple[
+        Labelled, ...
+    ] = ()  # what the task's own metrics are computed on: the first form whose columns are there
     workload: str = "1x32,1x128,8x128"  # cells that are measured, if none are asked for
     max_drop: float = 0.001  # what may be lost, if nothing else is asked for
     budget: str = "3m"  # for measuring all candidates together
@@ -64,19 +66,19 @@ TASKS = {
         Task("feature-extraction", "AutoModel", ("Model",), ("text",), HIDDEN, "BaseModelOutputWithPooling"),
         Task(
             "sentence-similarity", "AutoModel", (), ("text",), HIDDEN, "BaseModelOutputWithPooling",
-            labelled=Labelled(
-                LabelKind.SCORE, ("sentence1", "sentence2"), ("score", "similarity", "label"), apart=True
+            labelled=(
+                Labelled(LabelKind.SCORE, ("sentence1", "sentence2"), ("score", "similarity", "label"), apart=True),
             ),
         ),
         Task(
             "text-classification", "AutoModelForSequenceClassification", ("ForSequenceClassification",), ("text",),
             {"logits": (BATCH, FEATURES)}, "SequenceClassifierOutput", meaning=Meaning.CHOICE,
-            labelled=Labelled(LabelKind.CLASS, ("text",), ("label",)),
+            labelled=(Labelled(LabelKind.CLASS, ("text",), ("label",)),),
         ),
         Task(
             "token-classification", "AutoModelForTokenClassification", ("ForTokenClassification",), ("text",),
             PER_TOKEN, "TokenClassifierOutput", meaning=Meaning.CHOICE,
-            labelled=Labelled(LabelKind.TAGS, ("tokens",), ("tags", "ner_tags", "labels")),
+            labelled=(Labelled(LabelKind.TAGS, ("tokens",), ("tags", "ner_tags", "labels")),),
         ),
         Task(
             "fill-mask", "AutoModelForMaskedLM", ("ForMaskedLM",), ("text",), PER_TOKEN, "MaskedLMOutput",
@@ -86,11 +88,15 @@ TASKS = {
             "question-answering", "AutoModelForQuestionAnswering", ("ForQuestionAnswering",), ("question", "context"),
             {"start_logits": (BATCH, SEQUENCE), "end_logits": (BATCH, SEQUENCE)}, "QuestionAnsweringModelOutput",
             meaning=Meaning.CHOICE,
-            labelled=Labelled(LabelKind.ANSWERS, ("question", "context"), ("answers", "answer")),
+            labelled=(Labelled(LabelKind.ANSWERS, ("question", "context"), ("answers", "answer")),),
         ),
         Task(
             "text-generation", "AutoModelForCausalLM", GENERATES, ("text",), {}, "CausalLMOutputWithPast",
             meaning=Meaning.NEXT, workload="1x32+32,1x512+16,4x32+16", max_drop=0.01, budget="10m",
+            labelled=(
+                Labelled(LabelKind.CHOICE, ("query", "choices"), ("answer", "gold", "label", "answerKey", "target")),
+                Labelled(LabelKind.TARGETS, ("query",), ("target", "answer")),
+            ),
         ),
     )
 }  # fmt: skip
@@ -149,7 +155,7 @@ def output_meaning(task: Task, config: Mapping[str, Any]) -> Meaning:
 
     Source: https://huggingface.co/docs/transformers (TextClassificationPipeline, problem_type)
     """
-    if task.labelled is None or task.labelled.kind != LabelKind.CLASS:
+    if all(form.kind != LabelKind.CLASS for form in task.labelled):
         return task.meaning
     kind, classes = config.get("problem_type"), len(config.get("id2label") or (0, 1))
     if kind == "regression" or (kind is None and classes == 1) or config.get("num_labels") == 1:

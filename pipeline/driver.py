@@ -64,21 +64,25 @@ class Request:
         task = tasks.TASKS[checkpoint.task]
         meaning = tasks.output_meaning(task, checkpoints.read_config(checkpoint.folder))
         if meaning is not task.meaning:
-            task = replace(task, labelled=None)  # scores and several classes at once have no metric here yet
-        kind = task.labelled.kind if task.labelled is not None else None
-        classes = checkpoints.id2label(checkpoint.folder) if kind is not None and kind.names_classes else None
+            task = replace(task, labelled=())  # scores and several classes at once have no metric here yet
+        named = any(form.kind.names_classes for form in task.labelled)
+        classes = checkpoints.id2label(checkpoint.folder) if named else None
         read = examples.read_examples(self.data, task, classes)
         plan = make_plan(
             checkpoint, target, self._recipes(defaults.recipes(checkpoint, target)),
             workload=self.workload or shortened(task.workload, checkpoint.max_length),
             generates=task.generates, budget=parse_budget(self.budget or task.budget),
             gates=Gates(task.max_drop if self.max_drop is None else self.max_drop, self.min_speedup, self.max_load),
-            evaluation=f"{len(read.evaluation)} examples of {read.source}, {len(read.calibration)} others to calibrate",
+            evaluation=f"{len(read.evaluation)} examples of {read.source}, {len(read.calibration)} others to calibrate"
+            + (f"; {len(read.questions)} questions of {self.data}" if read.questions else ""),
             calibration_digest=read.calibration_digest if read.calibration else None,
         )  # fmt: skip
         pooling = tasks.sentence_pooling(checkpoint.folder) if task.name == "sentence-similarity" else None
-        labelling = Labelling(kind, read.labels, classes) if kind is not None and read.labels is not None else None
-        texts = Texts(read.source, read.evaluation, read.calibration, labelling, pooling, meaning)
+        labelling = Labelling(read.kind, read.labels, classes) if read.kind is not None else None
+        texts = Texts(
+            read.source, read.evaluation, read.calibration, labelling, pooling, meaning, read.questions,
+            self.data if read.questions else None,
+        )  # fmt: skip
         return Planned(plan, texts, Store(cache / "store"), cache, out, objective)
 
     def _recipes(self, defaults: Sequence[Recipe]) -> Sequence[Recipe]:

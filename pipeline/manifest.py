@@ -24,7 +24,7 @@ from optimize.pipeline.verdict import Candidate, Throughput
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-SCHEMA_VERSION = "2.0"
+SCHEMA_VERSION = "2.1"
 FILE = "optimize.json"
 REPORT = "report.json"  # in a run's folder
 RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers",
@@ -54,6 +54,7 @@ class Evaluation:
     pooling: str | None  # how tokens become the sentence embedding that is judged
     meaning: Meaning  # of the judged outputs
     labelling: Labelling | None  # where --data had labels
+    questions: str | None = None  # where those came from that a language model answers; `source` is then that of text
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ class Texts:
     labelling: Labelling | None
     pooling: str | None
     meaning: Meaning  # of the judged outputs
+    questions: Sequence[Mapping[str, Any]] = ()  # that labels are of, where a language model answers them
+    asked: str | None = None  # where the questions came from
 
 
 @dataclass
@@ -128,6 +130,7 @@ class Run:
                 cells=[(cell.batch, cell.sequence, cell.new) for cell in self.plan.workload],
                 task=checkpoint.task,
                 max_length=checkpoint.max_length, out=str(self.folder), labelled=texts.labelling is not None,
+                questions=list(texts.questions),
             )  # fmt: skip
         except WorkerError as error:
             self._check_checkpoint()
@@ -334,7 +337,9 @@ class Run:
             workload=plan.workload,
             gates=plan.gates,
             objective=self.objective,
-            evaluation=Evaluation(texts.source, plan.calibration_digest, texts.pooling, texts.meaning, texts.labelling),
+            evaluation=Evaluation(
+                texts.source, plan.calibration_digest, texts.pooling, texts.meaning, texts.labelling, texts.asked
+            ),
             left_out=self.left_out,
             candidates=tuple(self.candidates),
             emitted=winner.name if winner is not None else None,

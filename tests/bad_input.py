@@ -243,6 +243,15 @@ def answered(answers: Any) -> Callable[[Path], list[str]]:
     return data("data.jsonl", content, head="BertForQuestionAnswering")
 
 
+def asked(rows: int = 30, **last: Any) -> Callable[[Path], list[str]]:
+    """A language model's questions with choices, the last one changed; None is "without this column"."""
+    good: list[dict[str, Any]] = [
+        {"question": f"Where is {index}?", "choices": ["Rome", "Paris"], "answer": "B"} for index in range(rows)
+    ]
+    changed = {name: value for name, value in (good[-1] | last).items() if value is not None}
+    return data("data.jsonl", [*good[:-1], changed], head="BertLMHeadModel", workload="1x16+4")
+
+
 def tensors(size: int, **entries: list[int]) -> bytes:
     """A safetensors header of uint8 tensors, name -> offsets, and as many bytes of data."""
     header: dict[str, Any] = {
@@ -428,6 +437,21 @@ CASES = (
     Case("answers-blank", "an answer without text", answered(["Ann", ""]), "row 30: answers is empty"),
     Case("answers-written", "answers written as text", answered("{'text': ['Ann'], 'answer_start': [6]}"),
          "row 30: answers is a list written as text"),
+    Case("choice-letter", "a letter that no choice has", asked(answer="E"), "row 30: answer 'E' names none"),
+    Case("choice-none", "a question without its right choice", asked(answer=None), "row 30: answer None names none"),
+    Case("choice-both", "a right choice that is one's letter and another's text", asked(choices=["B", "A"]),
+         "row 30: answer 'B' can name 2 of the choices"),
+    Case("choice-one", "a question with one choice", asked(choices=["Paris"]), "row 30: choices has one text alone"),
+    Case("choice-empty", "an empty question", asked(question=" "), "row 30: question is empty"),
+    Case("choice-mixed", "questions with choices and without", asked(choices=None), "row 30 has no choices, which"),
+    Case("choice-text", "questions and running text", asked(text="Rain fell."), "has running text (text) and"),
+    Case("choice-unknown", "questions of which none says its right choice",
+         data("data.jsonl", [{"question": f"{index}?", "choices": ["a", "b"]} for index in range(30)],
+              head="BertLMHeadModel"), "has choices, and no column answer or gold or label"),
+    Case("choice-few", "too few questions", asked(rows=7), "7 examples are left to evaluate on"),
+    Case("target-null", "an open question without an answer",
+         data("data.jsonl", [{"question": f"Who is {index}?", "target": ["Ann"] if index < 29 else []}
+                             for index in range(30)], head="BertLMHeadModel"), "row 30: target [] is no list of texts"),
     # --recipe
     Case("recipe-pass", "--recipe with an unknown pass", option(recipe="export-onyx"), "unknown pass 'export-onyx'"),
     Case("recipe-option", "an unknown option of a pass", option(recipe="export-onnx{colour=red}"),

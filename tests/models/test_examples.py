@@ -17,6 +17,7 @@ from optimize.models.examples import SHIPPED, Examples, read_examples
 from optimize.models.tasks import TASKS
 from optimize.pipeline.answers import CONTEXT, OFFSETS, WORDS
 from optimize.pipeline.batches import load_batches, save_batches
+from optimize.pipeline.contract import LabelKind
 from optimize.pipeline.errors import RequestError
 
 FEATURES, CLASSES = TASKS["feature-extraction"], TASKS["text-classification"]
@@ -327,6 +328,144 @@ def test_a_csv_has_no_lists(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="row 1: tokens is not a list") as caught:
         read_examples(write(tmp_path / "d.csv", tagged(30)), TAGGING, TAGS)
     assert "a .csv has no lists" in str(caught.value.hint)
+
+
+# Questions that a language model answers
+
+GENERATION = TASKS["text-generation"]
+CITIES = ["Rome", "Paris", "Oslo"]
+
+
+def questions(number: int, **columns: Any) -> list[dict[str, Any]]:
+    good = {"choices": CITIES, "answer": 1}
+    return [{"question": f"Where is {index}?"} | good | columns for index in range(number)]
+
+
+def open_questions(number: int, **columns: Any) -> list[dict[str, Any]]:
+    return [{"question": f"Where is {index}?", "answer": "Paris"} | columns for index in range(number)]
+
+
+def renamed(rows: list[dict[str, Any]], old: str, new: str) -> list[dict[str, Any]]:
+    return [{new if name == old else name: value for name, value in row.items()} for row in rows]
+
+
+@pytest.mark.parametrize("value", [1, 1.0, "1", "B", "Paris", " B "])
+@pytest.mark.parametrize("column", ["answer", "gold", "label", "answerKey", "target"])
+def test_a_right_choice_is_an_index_a_letter_or_a_text(column: str, value: Any, tmp_path: Path) -> None:
+    found = read_examples(
+        write(tmp_path / "d.jsonl", renamed(questions(9, answer=value), "answer", column)), GENERATION
+    )
+    assert (found.kind, found.labels) == (LabelKind.CHOICE, (1,) * 9)
+    assert dict(found.questions[0]) == {"query": "Where is 0?", "choices": CITIES}
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.parquet"])
+@pytest.mark.parametrize(
+    ("labels", "key", "right"),
+    [(["A", "B", "C"], "C", 2), (["1", "2", "3"], "1", 0), ([1, 2, 3], 1, 0), (["x", "y", "z"], "Rome", 0)],
+)
+def test_choices_are_a_list_or_arcs(name: str, labels: list[Any], key: Any, right: int, tmp_path: Path) -> None:
+    rows = renamed(questions(9, choices={"text": CITIES, "label": labels}, answer=key), "answer", "answerKey")
+    found = read_examples(write(tmp_path / name, rows), GENERATION)
+    assert found.labels == (right,) * 9 and found.questions[0]["choices"] == CITIES
+
+
+def test_letters_of_a_data_set_that_names_them_are_read(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"question": datasets.Value("string"), "choices": datasets.List(datasets.Value("string")),
+         "answer": datasets.ClassLabel(names=["A", "B", "C"])}
+    )  # fmt: skip
+    rows = {"question": [f"Where is {index}?" for index in range(9)], "choices": [CITIES] * 9, "answer": [2] * 9}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d.parquet")
+    assert read_examples(str(tmp_path / "d.parquet"), GENERATION).labels == (2,) * 9
+
+
+@pytest.mark.parametrize("column", ["question", "query", "ctx", "context"])
+def test_a_question_has_several_names(column: str, tmp_path: Path) -> None:
+    found = read_examples(write(tmp_path / "d.jsonl", renamed(questions(9), "question", column)), GENERATION)
+    assert found.questions[0]["query"] == "Where is 0?"
+    both = [row | {"query": f"All of {row['question']}"} for row in questions(9)]  # as lm-eval's own documents have
+    assert read_examples(write(tmp_path / "b.jsonl", both), GENERATION).questions[0]["query"] == "All of Where is 0?"
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.parquet"])
+@pytest.mark.parametrize("column", ["answer", "target"])
+def test_an_open_question_has_texts_that_are_right(name: str, column: str, tmp_path: Path) -> None:
+    rows = renamed(open_questions(9), "answer", column)
+    found = read_examples(write(tmp_path / name, rows), GENERATION)
+    assert (found.kind, found.labels) == (LabelKind.TARGETS, (("Paris",),) * 9)
+    assert dict(found.questions[0]) == {"query": "Where is 0?"}
+    if not name.endswith("csv"):
+        several = renamed(open_questions(9, answer=["Paris", "paris"]), "answer", column)
+        assert read_examples(write(tmp_path / name, several), GENERATION).labels == (("Paris", "paris"),) * 9
+
+
+def test_text_beside_questions_is_the_shipped_one(tmp_path: Path) -> None:
+    found, shipped = (
+        read_examples(write(tmp_path / "d.jsonl", questions(9)), GENERATION),
+        read_examples(None, GENERATION),
+    )
+    assert (found.evaluation, found.calibration, found.source) == (
+        shipped.evaluation,
+        shipped.calibration,
+        shipped.source,
+    )
+    assert not shipped.questions and shipped.kind is None
+
+
+def test_of_many_questions_some_are_drawn_from_all(tmp_path: Path) -> None:
+    rows = [row | {"answer": index % 3} for index, row in enumerate(questions(2000))]
+    found = read_examples(write(tmp_path / "d.jsonl", rows), GENERATION)
+    numbers = [int(row["query"].split()[-1][:-1]) for row in found.questions]
+    assert len(numbers) == 450 and found.labels == tuple(number % 3 for number in numbers)
+    assert 100 < sum(number >= 1500 for number in numbers) < 125 + 25
+
+
+@pytest.mark.parametrize(
+    ("rows", "says", "hint"),
+    [
+        (questions(9, answer="D"), "row 1: answer 'D' names none of the choices", "from 0 to 2; or one of A, B, C"),
+        (questions(9, answer=3), "row 1: answer 3 names none", "index"),
+        (questions(9, answer=-1), "row 1: answer -1 names none", "index"),
+        (questions(9, answer=True), "row 1: answer True names none", "index"),
+        (questions(9, answer=""), "row 1: answer '' names none", "index"),
+        (questions(9, answer=None), "row 1: answer None names none", "index"),
+        (questions(9, choices=["B", "A"], answer="A"), "answer 'A' can name 2 of the choices", "index"),
+        (questions(9, choices=["1", "2", "3"], answer="2"), "answer '2' can name 2 of the choices", "index"),
+        (questions(9, choices=["a", "a"], answer="a"), "answer 'a' can name 2 of the choices", "index"),
+        (questions(9, choices=["Paris"]), "row 1: choices has one text alone", "two"),
+        (questions(9, choices=[]), "row 1: choices is empty", "fill"),
+        (questions(9, choices=["Paris", ""]), "row 1: a text of choices is empty", "fill"),
+        (questions(9, choices="Paris, Rome"), "row 1: choices is not a list", "jsonl or .parquet"),
+        (questions(9, choices={"text": CITIES, "label": ["A"]}), "row 1: 3 texts of choices and 1 labels", "None"),
+        (questions(9, question=" "), "row 1: question is empty", "fill"),
+        ([*questions(9), *open_questions(9)], "row 10 has no choices, which other rows have", "files of their own"),
+        (questions(9, text="Some."), r"running text \(text\) and questions \(question\)", "run of its own"),
+        (open_questions(9, text="Some."), "running text", "run of its own"),
+        (questions(9, context="Some."), "columns question and context: it is not known", "query"),
+        (questions(7), "7 examples are left", "distinct"),
+        (open_questions(9, answer=[]), r"row 1: answer \[\] is no list of texts", "a text that is right"),
+        (open_questions(9, answer=7), "row 1: answer 7 is no list of texts", "a text that is right"),
+        (
+            renamed(questions(9), "answer", "right"),
+            "has choices, and no column answer or gold",
+            "question, choices, right",
+        ),
+        (
+            renamed(open_questions(9), "answer", "right"),
+            "no column text",
+            "have query, choices, answer; or query, target",
+        ),
+    ],
+)
+def test_questions_that_are_none_are_refused_with_their_row(
+    rows: list[dict[str, Any]], says: str, hint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match=says) as caught:
+        read_examples(write(tmp_path / "d.jsonl", rows), GENERATION)
+    assert hint in str(caught.value.hint)
 
 
 # Encoding
