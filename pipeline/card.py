@@ -125,6 +125,10 @@ def model_card(report: Report, winner: Candidate) -> str:
     checkpoint, host = report.checkpoint, report.host
     base = f"base_model: {checkpoint.model_id}\n" if checkpoint.revision else ""  # a folder's name is no hub id
     revision = f" at `{checkpoint.revision}`" if checkpoint.revision else ""
+    asked = report.evaluation.questions  # of a language model, which then has metrics on other data than the text
+    accuracy = accuracy_text(winner) if asked is None else str(winner.accuracy)
+    metrics = winner.accuracy.metrics if winner.accuracy and asked else ()
+    answers = "".join(f"- {metric}, on {metric.examples} {metric.unit} of {asked}\n" for metric in metrics)
     cells = _generation_table(winner.speed) if winner.speed.cells[0].rest else _table(winner.speed)
     return f"""---
 {base}pipeline_tag: {checkpoint.task}
@@ -140,10 +144,10 @@ Made by `optimize` from `{checkpoint.model_id}`{revision} ({checkpoint.architect
 
 On {host.target.device} ({host.target.cores} cores), {report.created}:
 
-- {accuracy_text(winner)}, against the float32 model on {winner.accuracy.examples if winner.accuracy else 0} examples
+- {accuracy}, against the float32 model on {winner.accuracy.examples if winner.accuracy else 0} examples
   of {report.evaluation.source}; the gate was a drop of at most {report.gates.max_drop:g}.
-- {winner.speed.overall} times the speed of the eager {checkpoint.dtype} model (99% interval, geometric mean),
-  measured while {winner.speed.noise or "nothing was noted"}; other work of up to {report.gates.max_load:.0%} was
+{answers}- {winner.speed.overall} times the speed of the eager {checkpoint.dtype} model (99% interval, geometric
+  mean), measured while {winner.speed.noise or "nothing was noted"}; other work of up to {report.gates.max_load:.0%} was
   allowed:
 
 {cells}

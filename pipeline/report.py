@@ -42,6 +42,9 @@ def print_report(console: Console, report: Report, out: Path) -> None:
     metrics = [(each.name, metric) for each in report.candidates if each.accuracy for metric in each.accuracy.metrics]
     for name, metric in metrics:
         console.print(f"{name}: {metric}", markup=False, highlight=False, soft_wrap=True)
+    if report.evaluation.questions:
+        words = f"questions: {report.evaluation.questions}; perplexity and KL divergence: {report.evaluation.source}"
+        console.print(words, markup=False, highlight=False, soft_wrap=True)
     if metrics:
         allowed, shown = report.gates.max_drop, report.emitted or metrics[0][0]
         gating = (metric for name, metric in metrics if name == shown and metric.gates)

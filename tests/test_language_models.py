@@ -1,6 +1,7 @@
 """Language models end to end: a tiny one is lowered, judged, timed, emitted, loaded, and answers as eager does."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from optimize.models.examples import SHIPPED
 from optimize.pipeline.batches import NEW, load_batches, save_batches
 from optimize.pipeline.contract import Kind
 from optimize.pipeline.language import REGRET
 from optimize.pipeline.manifest import read_manifest
+from optimize.pipeline.questions import ANSWERS
 from optimize.pipeline.worker import Worker
 from optimize.targets.runtimes import open_session
 from tests.conftest import QUICK, Cli, MakeCheckpoint, Outcome, run_optimize
@@ -26,15 +29,32 @@ def language_model(make_language_model: MakeCheckpoint) -> Path:
 
 
 @pytest.fixture(scope="module")
+def some_questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty questions with three choices, cut from the shipped text."""
+    words = [
+        word for line in SHIPPED.read_text(encoding="utf-8").splitlines() for word in json.loads(line)["text"].split()
+    ]
+    rows = [
+        {"question": " ".join(words[start : start + 8]) + " " * (start % 2), "answer": start // 60 % 3,
+         "choices": [" ".join(words[start + begin : start + begin + 2 + begin % 3]) for begin in (8, 12, 30)]}
+        for start in range(0, 1800, 60)
+    ]  # fmt: skip
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
 def emitted(
-    language_model: Path, some_text: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Path, Outcome]]:
-    """A folder of each kind, by what `--objective` makes of one set of recipes."""
+    language_model: Path, some_text: Path, some_questions: Path, shared_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[Path, Outcome]]:  # fmt: skip
+    """A folder of each kind, one judged on text of the user's, the other on questions and the shipped text."""
     found = {}
-    for recipe in ("convert-openvino", "gguf-q8_0"):
+    for recipe, data in (("convert-openvino", some_text), ("gguf-q8_0", some_questions)):
         folder = tmp_path_factory.mktemp("emitted")
         outcome = run_optimize(
-            folder, shared_cache, language_model, "--recipe", recipe, "--data", some_text, *SHORT,
+            folder, shared_cache, language_model, "--recipe", recipe, "--data", data, *SHORT,
             "--max-drop", "0.05", "--out", folder / "out",
         )  # fmt: skip
         assert outcome.code == 0, outcome.output
@@ -126,7 +146,93 @@ def test_a_gguf_has_a_modelfile_and_is_verified(emitted: dict[str, tuple[Path, O
     assert "FROM ./model.gguf" in (out / "Modelfile").read_text()
     verified = cli("verify", out, "--budget", "1s")
     assert verified.code == 0, verified.output
-    assert "perplexity" in verified.output
+    assert "perplexity" in verified.output and "acc_norm" in verified.output
+
+
+def test_questions_are_judged_beside_the_shipped_text(
+    emitted: dict[str, tuple[Path, Outcome]], language_model: Path, some_questions: Path
+) -> None:
+    out, outcome = emitted["gguf-q8_0"]
+    assert outcome.report is not None
+    evaluation, accuracy = outcome.report["evaluation"], outcome.report["candidates"][0]["accuracy"]
+    assert evaluation["source"].startswith("shipped text") and evaluation["questions"] == str(some_questions)
+    assert evaluation["labelling"]["kind"] == "choice"
+    acc, norm = accuracy["metrics"]
+    rows = [json.loads(line) for line in some_questions.read_text().splitlines()]
+    likelihoods = Likelihoods(language_model)
+    expected = [likelihoods(row["question"], row["choices"]) for row in rows]
+    right = [np.argmax(each) == row["answer"] for each, row in zip(expected, rows, strict=True)]
+    lengths = [[len(choice) for choice in row["choices"]] for row in rows]
+    by_character = [
+        np.argmax(np.array(each) / length) == row["answer"]
+        for each, length, row in zip(expected, lengths, rows, strict=True)
+    ]
+    assert (acc["name"], acc["examples"], acc["reference"]) == ("acc", 30, pytest.approx(np.mean(right)))
+    assert (norm["name"], norm["reference"], norm["gates"]) == ("acc_norm", pytest.approx(np.mean(by_character)), False)
+    assert 0 < np.mean(right) < 1 and right != by_character
+    card = (out / "README.md").read_text()
+    assert re.search(r"- acc 0.* on 30 questions of .*questions.jsonl", card) and "examples\n  of shipped text" in card
+    assert "cannot show a drop below" in outcome.output and "about 86 would resolve" in outcome.output
+
+
+class Likelihoods:
+    """The logarithm of each choice's likelihood behind a question, by transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._model = AutoModelForCausalLM.from_pretrained(folder)
+
+    def __call__(self, question: str, choices: list[str]) -> list[float]:
+        import torch
+
+        before, found = self._tokenizer.encode(question.rstrip()), []
+        for choice in choices:
+            after = self._tokenizer.encode(question + " " + choice)[len(before) :]
+            with torch.inference_mode():
+                logs = self._model(torch.tensor([before + after])).logits[0].log_softmax(-1)
+            found.append(sum(float(logs[len(before) - 1 + index, token]) for index, token in enumerate(after)))
+        return found
+
+
+@pytest.mark.parametrize("ends_at", [None, 3])
+def test_open_questions_are_answered_as_transformers_does(
+    ends_at: int | None, language_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shutil.copytree(language_model, tmp_path / "model")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    questions = [f"Rain fell on the old stones for {index} days, and" for index in range(9)]
+
+    def continued(question: str, **options: Any) -> list[int]:
+        given = tokenizer(question, return_tensors="pt")["input_ids"]
+        written: list[int] = model.generate(given, do_sample=False, max_new_tokens=32, **options)[0].tolist()
+        return written[given.shape[1] :]
+
+    ends = [2]
+    if ends_at is not None:  # a token that it writes ends its text from now on
+        ends.append(continued(questions[0])[ends_at])
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    expected = []
+    for question in questions:
+        tokens = continued(question, eos_token_id=ends)
+        kept = tokens[: next((index for index, token in enumerate(tokens) if token in ends), None)]
+        expected.append(tokenizer.decode(kept, skip_special_tokens=True).split("\n")[0])
+    worker = Worker()
+    worker.prepare(
+        str(folder), [{"text": "Rain fell. " * 300}], [], [(1, 8, 3)], 256, str(tmp_path), "text-generation",
+        questions=[{"query": question} for question in questions],
+    )  # fmt: skip
+    worker.open("checkpoint", str(folder), "text-generation", 1, str(tmp_path / "cells.npz"))
+    worker.score(str(tmp_path / "evaluation.npz"), None, str(tmp_path / "out.npz"), str(folder))
+    answers = [
+        text for each in load_batches(tmp_path / "out.npz") if ANSWERS in each for text in each[ANSWERS].tolist()
+    ]
+    assert answers == expected and any(expected)
+    if ends_at is not None:
+        assert len(tokenizer.encode(answers[0])) <= ends_at + 1
 
 
 class Forgetful:
