@@ -15,6 +15,7 @@ from types import ModuleType
 
 import click
 
+from optimize.models.examples import ALIASES
 from optimize.models.tasks import TASKS, Task
 from optimize.pipeline.cli import main_group
 from optimize.pipeline.driver import target_names
@@ -92,7 +93,8 @@ def support_page() -> str:
 
 
 def _labelled(task: Task) -> str:
-    return "<br>".join(", ".join((*form.columns, " or ".join(form.names))) for form in task.labelled)
+    forms = [(*(ALIASES.get(name, (name,)) for name in form.columns), form.names) for form in task.labelled]
+    return "<br>".join(", ".join(" or ".join(names) for names in form) for form in forms)
 
 
 def exit_codes_page(page: str) -> str:

@@ -33,7 +33,7 @@ def main_group() -> None:
 @click.argument("model")
 @click.option("--target", help="Where the artifact will run: cpu. [default: what is there]")
 @click.option("--task", help="What the checkpoint is for. [default: inferred from it]")
-@click.option("--data", metavar="FILE", help="Your own text: .jsonl, .csv, .parquet, or NAME:SPLIT on the hub.")
+@click.option("--data", metavar="FILE", help="Your own text, labelled or not: .jsonl, .csv, .parquet, or NAME:SPLIT.")
 @click.option("--out", type=click.Path(path_type=Path), help="The emitted folder. [default: ./MODEL-TARGET]")
 @click.option("--recipe", "recipes", multiple=True, metavar="NAME|TEXT", help="Only this recipe; may be repeated.")
 @click.option("--max-drop", type=float, help="What may be lost. [default: 0.001 of fidelity, 1% of perplexity]")
@@ -57,7 +57,12 @@ def main_group() -> None:
 )
 @click.option("--verbose", is_flag=True, help="Say more of what goes on.")
 def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **options: Any) -> int:
-    """Lower MODEL (a local folder, or a hub id with an optional @revision) and emit what passes the gates."""
+    """Lower MODEL (a local folder, or a hub id with an optional @revision) and emit what passes the gates.
+
+    --data has a column `text`, or those that the task is labelled with, which its own metrics are then judged on: for a
+    classifier `text` and `label`; for a language model `question`, `choices` and `answer`, or `question` and `target`.
+    docs/support.md lists them all.
+    """
     from optimize.pipeline.driver import Request, cache_folder
     from optimize.pipeline.progress import Lines, Live, NoteHandler
 
