@@ -19,6 +19,7 @@ WINDOW = 512  # tokens that a model sees at once, at most
 SCORED = 6144  # tokens that are judged, at most: half a minute of an eager model of 0.1 billion parameters
 RAGGED = (5, 23, 48)  # tokens of the prompts of one batch whose lengths differ
 RAGGED_NEW = 8
+TRIED = 64  # places at which a prompt may begin
 
 
 def encode_windows(folder: Path, rows: Sequence[Row], max_length: int) -> list[Encoded]:
@@ -26,7 +27,7 @@ def encode_windows(folder: Path, rows: Sequence[Row], max_length: int) -> list[E
 
     Each begins with what the tokenizer puts before a text. Raises RequestError for less text than one window takes.
     """
-    tokens, prefix = _stream(folder, rows)
+    tokens, prefix = _stream(load_tokenizer(folder), rows)
     size = min(WINDOW, max_length) - len(prefix)
     new = size // 2
     starts = list(range(0, len(tokens) - size + 1, new))
@@ -45,13 +46,15 @@ def encode_windows(folder: Path, rows: Sequence[Row], max_length: int) -> list[E
 
 def encode_prompts(folder: Path, rows: Sequence[Row], cells: Iterable[Cell]) -> list[Encoded]:
     """A batch of prompts for each cell, cut from running text to exactly its length, and one of unlike lengths."""
-    tokens, prefix = _stream(folder, rows)
+    tokenizer: Any = load_tokenizer(folder)
+    tokens, prefix = _stream(tokenizer, rows)
 
     def cut(index: int, length: int) -> list[int]:
-        start = index * len(tokens) // 7 % len(tokens)
-        turned = [*tokens[start:], *tokens[:start]]
-        turned *= -(-length // len(turned))
-        return [*prefix, *turned][:length]
+        """From the first place on of which the tokenizer makes the same tokens again: some servers take text alone."""
+        start, size = index * len(tokens) // 7 % len(tokens), length - len(prefix)
+        around = [*tokens[start:], *tokens[:start]] * (1 + -(-(size + TRIED) // len(tokens)))
+        found = (around[shift : shift + size] for shift in range(TRIED))
+        return [*prefix, *next((part for part in found if _again(tokenizer, part) == part), around[:size])]
 
     batches = [pad_prompts([cut(index, cell.sequence) for index in range(cell.batch)], cell.new) for cell in cells]
     ragged = pad_prompts([cut(index, length) for index, length in enumerate(RAGGED)], RAGGED_NEW)
@@ -66,12 +69,22 @@ def pad_prompts(prompts: Sequence[Sequence[int]], new: int) -> Encoded:
     return {"input_ids": ids, "attention_mask": mask, NEW: np.array(new)}
 
 
-def _stream(folder: Path, rows: Sequence[Row]) -> tuple[list[int], list[int]]:
+def _stream(tokenizer: Any, rows: Sequence[Row]) -> tuple[list[int], list[int]]:
     """All text as one row of tokens, and the special tokens that the tokenizer puts before a text."""
-    tokenizer: Any = load_tokenizer(folder)
     text = "\n\n".join(str(row["text"]) for row in rows)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
+    return tokens, special_prefix(tokenizer)
+
+
+def special_prefix(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before a text."""
+    whole: list[int] = tokenizer("a")["input_ids"]
     alone = tokenizer("a", add_special_tokens=False)["input_ids"]
-    prefix = whole[: next(index for index in range(len(whole)) if whole[index : index + len(alone)] == alone)]
-    return tokens, prefix
+    return whole[: next(index for index in range(len(whole)) if whole[index : index + len(alone)] == alone)]
+
+
+def _again(tokenizer: Any, tokens: Sequence[int]) -> list[int]:
+    """The tokens of the text of tokens."""
+    text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found

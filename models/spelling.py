@@ -85,9 +85,12 @@ TEXTS = (
 
 
 def spelling_problems(folder: Path, session: Any) -> list[str]:
-    """Where a runtime's own tokenizer differs from that of the checkpoint in `folder`; none if it has no own."""
+    """Where a runtime's own tokenizer differs from that of the checkpoint in `folder`; none if it has no own.
+
+    A server that gives no tokens is known by how many it made of each prompt so far.
+    """
     if not hasattr(session, "tokenize"):
-        return []
+        return list(getattr(session, "miscounted", ()))
     tokenizer, found = load_tokenizer(folder), []
     for text in TEXTS:
         expected = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -27,6 +27,7 @@ class Kind(StrEnum):
     ONNX = "onnx"  # model.onnx with model.onnx.data
     OPENVINO = "openvino"  # openvino_model.xml and .bin
     GGUF = "gguf"  # model.gguf, for llama.cpp
+    OLLAMA = "ollama"  # model.gguf and the Modelfile from which Ollama makes its model
 
 
 class Meaning(StrEnum):
@@ -223,7 +224,10 @@ class Session(Protocol):
 
 
 class Generator(Protocol):
-    """A live language model in a worker process: `prefill` begins, `step` goes on. Tokens are int64, logits float32."""
+    """A live language model in a worker process: `prefill` begins, `step` goes on. Tokens are int64, logits float32.
+
+    A runtime that gives no logits has `generate` in their place, and is judged by the tokens (see tokens.py).
+    """
 
     def logits(self, tokens: Array, keep: int) -> Array:
         """Of the last `keep` positions of one sequence of [sequence]: [keep, vocabulary]."""
@@ -244,6 +248,7 @@ class Generation:
 
     tokens: Array  # int64 of [batch, new]
     seconds: tuple[float, ...]  # from the call until each of a sequence's tokens was known
+    logprobs: Array | None = None  # float32 of [batch, new], where a server tells them; NaN where it does not
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.plan import installed_version
 from optimize.pipeline.roofline import Peaks, Roof, Work
+from optimize.pipeline.tokens import TokenAccuracy
 from optimize.pipeline.verdict import Candidate, Throughput
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Manifest:
     kind: Kind
     recipe: str
     files: dict[str, str]
-    accuracy: Accuracy | LanguageAccuracy
+    accuracy: Accuracy | LanguageAccuracy | TokenAccuracy
     speed: Speed
     report: Report
 

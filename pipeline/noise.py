@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 Counters = tuple[float, float, float, float]
@@ -32,7 +33,7 @@ class NoiseMeter:
     """Counters of the processors that we may use, and of the processes that measure, since it was made."""
 
     def __init__(self, *pids: int) -> None:
-        self._pids = (os.getpid(), *pids)
+        self._pids = pids  # with what they started: some runtimes are servers
         self._start = self.counters()
         self._load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         self._megahertz = _megahertz()
@@ -62,11 +63,20 @@ class NoiseMeter:
         counted = ("user", "nice", "system", "irq", "softirq")  # `user` includes guests
         busy = sum(getattr(times, name, 0.0) for times in processors for name in counted)
         idle = sum(times.idle + getattr(times, "iowait", 0.0) for times in processors)
-        ours = 0.0
-        for pid in self._pids:
-            used = psutil.Process(pid).cpu_times()
-            ours += used.user + used.system
+        ours = _used(os.getpid(), family=False) + sum(_used(pid, family=True) for pid in self._pids)
         return busy + stolen + idle, busy, stolen, ours
+
+
+def _used(pid: int, *, family: bool) -> float:
+    """Seconds of processor time of a process so far, with those that it started and that have not ended."""
+    import psutil
+
+    process, total = psutil.Process(pid), 0.0
+    for each in [process, *(process.children(recursive=True) if family else ())]:
+        with suppress(psutil.NoSuchProcess):
+            used = each.cpu_times()
+            total += used.user + used.system
+    return total
 
 
 def _megahertz() -> float | None:

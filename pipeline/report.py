@@ -11,6 +11,7 @@ from optimize.pipeline.contract import Cell, Meaning
 from optimize.pipeline.errors import ExitCode
 from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.manifest import Baseline, Report
+from optimize.pipeline.tokens import TokenAccuracy
 from optimize.pipeline.verdict import Candidate, Status, pareto
 
 if TYPE_CHECKING:
@@ -123,6 +124,8 @@ def _cells(candidate: Candidate, cells: Sequence[Cell], workload: int, wide: boo
     near, far = "-", "-"
     if isinstance(accuracy, LanguageAccuracy):
         near, far = f"{accuracy.drop.value:+.2%}", f"{accuracy.divergence:.2g}"
+    elif isinstance(accuracy, TokenAccuracy):
+        near, far = f"{accuracy.drop.value:+.2%} by tokens", "-"
     elif accuracy is not None:
         near, far = f"{1 - accuracy.drop.value:.5f}", f"{1 - accuracy.worst_drop:.4f}"
     if speed is None:

@@ -18,6 +18,7 @@ from optimize.pipeline.language import LanguageAccuracy, compare_language, why_l
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.metrics import task_metrics
 from optimize.pipeline.questions import question_metrics
+from optimize.pipeline.tokens import TokenAccuracy, compare_tokens, why_tokens_rejected
 from optimize.pipeline.workers import WorkerProcess
 
 STEP_LIMIT = float(os.environ.get("OPTIMIZE_STEP_LIMIT", "1800"))  # seconds for one pass or one request
@@ -66,7 +67,7 @@ class Trial:
         try:
             took = worker.ask(
                 "open", limit=STEP_LIMIT, progress=self.tick, kind=kind, path=str(path), task=self.task,
-                cores=self.cores, cells=str(self.inputs / f"{CELLS}.npz"),
+                cores=self.cores, cells=str(self.inputs / f"{CELLS}.npz"), tokenizer=str(self.tokenizer),
             )  # fmt: skip
         except BaseException:
             worker.close()
@@ -95,8 +96,10 @@ class Trial:
 
     def judge(
         self, worker: WorkerProcess, reference: Mapping[str, list[Any]]
-    ) -> tuple[Accuracy | LanguageAccuracy, str | None]:
+    ) -> tuple[Accuracy | LanguageAccuracy | TokenAccuracy, str | None]:
         """The accuracy of a worker's artifact against the reference's outputs, and why it is rejected, or None."""
+        if self.meaning is Meaning.NEXT and not worker.ask("gives_logits", limit=STEP_LIMIT):
+            return self._judge_tokens(worker, reference[CELLS])
         out = self.scratch / f"outputs-{worker.pid}.npz"
         try:
             evaluated, repeat_error = self.outputs(worker, TEXT, out)
@@ -111,8 +114,7 @@ class Trial:
                 found = dataclasses.replace(found, metrics=metrics)
             if repeat_error > REPEATED:
                 return found, f"two runs of one text differ by {repeat_error:.2g} in their logits"
-            misspelt: list[str] = worker.ask("spell", limit=STEP_LIMIT, folder=str(self.tokenizer))
-            return found, next(iter(misspelt), None) or why_language_rejected(found, self.gates)
+            return found, self._misspelt(worker) or why_language_rejected(found, self.gates)
         rows: dict[Cell, list[int]] = {}
         position = len(evaluated)
         for cell in self.workload:
@@ -125,6 +127,21 @@ class Trial:
             metrics = task_metrics(self.labelling, batches, reference[TEXT], evaluated)
             accuracy = dataclasses.replace(accuracy, metrics=metrics)
         return accuracy, why_unsteady(repeat_error, expected) or why_rejected(accuracy, self.gates)
+
+    def _judge_tokens(self, worker: WorkerProcess, written: Sequence[Any]) -> tuple[TokenAccuracy, str | None]:
+        out = self.scratch / f"outputs-{worker.pid}.npz"
+        try:
+            continued, repeat_error = self.outputs(worker, CELLS, out)
+        finally:
+            out.unlink(missing_ok=True)
+        found = compare_tokens(written, continued)
+        if repeat_error > 0:
+            return found, f"two runs of the same prompts differ in {repeat_error:.0%} of their tokens"
+        return found, self._misspelt(worker) or why_tokens_rejected(found, self.gates)
+
+    def _misspelt(self, worker: WorkerProcess) -> str | None:
+        found: list[str] = worker.ask("spell", limit=STEP_LIMIT, folder=str(self.tokenizer))
+        return next(iter(found), None)
 
 
 def problem_text(error: WorkerError | ValueError) -> str:

@@ -15,6 +15,7 @@ from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.roofline import Roof
 from optimize.pipeline.statistics import Difference, Interval, difference
+from optimize.pipeline.tokens import TokenAccuracy
 
 HOPELESS = 10  # times the gate: so large a drop does not come from a few layers
 MOST_TIMES = 50  # the budget: nobody waits longer
@@ -65,7 +66,7 @@ class Candidate:
     load_seconds: float | None = None
     first_seconds: float | None = None  # the first call after loading
     peak_memory: int | None = None  # bytes resident while it ran, at most
-    accuracy: Accuracy | LanguageAccuracy | None = None
+    accuracy: Accuracy | LanguageAccuracy | TokenAccuracy | None = None
     speed: Speed | None = None
     arithmetic: str = "float32"  # the dtype of its matrix products
     roofs: tuple[Roof, ...] = ()  # of the cells, where the host's peak for that dtype is known

@@ -18,6 +18,7 @@ from optimize.pipeline.manifest import FILE, Manifest, Source, read_manifest
 from optimize.pipeline.measure import Speed, compare
 from optimize.pipeline.statistics import Interval
 from optimize.pipeline.store import compare_digests, digest_files, sha256_of
+from optimize.pipeline.tokens import TokenAccuracy
 from optimize.pipeline.trial import CELLS, TEXT, Trial, problem_text
 from optimize.pipeline.verdict import Status, judge_speed
 
@@ -37,7 +38,7 @@ class Verification:
     files: int
     host: Target
     same_host: bool
-    accuracy: Accuracy | LanguageAccuracy
+    accuracy: Accuracy | LanguageAccuracy | TokenAccuracy
     rejected: str | None
     speed: Speed | None
     remark: str | None  # on speed: why it was not measured, or what was found

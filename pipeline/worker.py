@@ -37,12 +37,15 @@ class Call:
     def __init__(self, session: Any, batch: Mapping[str, Any]) -> None:
         self.batch = batch
         self.run: Callable[[], Any] = partial(session.run, batch)
-        self.warm = self.run
+        self.warm = self.tell = self.run  # untimed: with a few tokens; with what else is known of each token
         self.prompts: list[Any] = []
 
     def phases(self, outputs: Any) -> tuple[float, ...]:
         """Seconds of parts of a call, from what it returned."""
         return ()
+
+    def renew(self) -> None:
+        """Before each call, untimed: that a runtime has been asked the same before must not help it."""
 
 
 class GenerationCall(Call):
@@ -51,15 +54,20 @@ class GenerationCall(Call):
     def __init__(self, session: Any, batch: Mapping[str, Any]) -> None:
         from optimize.targets.runtimes.generating import generate
 
-        self.batch = batch
+        self.batch, self._session = batch, session
         rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
         self.prompts = [row[mask != 0] for row, mask in rows]
         self.run = partial(generate, session, self.prompts, int(batch[NEW]))
+        self.tell = partial(generate, session, self.prompts, int(batch[NEW]), logprobs=True)
         self.warm = partial(generate, session, [self.prompts[0][:WARM]], 2)
 
     def phases(self, outputs: Any) -> tuple[float, ...]:
         first = outputs.seconds[0]
         return first, outputs.seconds[-1] - first
+
+    def renew(self) -> None:
+        if hasattr(self._session, "forget"):
+            self._session.forget()
 
 
 def call_of(session: Any, batch: Mapping[str, Any]) -> Call:
@@ -136,7 +144,7 @@ class Worker:
         instance.ensures(Path(out))
         return {"seconds": time.perf_counter() - start, "peak_memory": peak_memory(), "facts": facts}
 
-    def open(self, kind: str, path: str, task: str, cores: int, cells: str) -> dict[str, float]:
+    def open(self, kind: str, path: str, task: str, cores: int, cells: str, tokenizer: str) -> dict[str, float]:
         """Open an artifact and run every cell once: seconds of opening and of the first call, most bytes resident."""
         from optimize.pipeline.batches import load_batches
         from optimize.targets.runtimes import open_session
@@ -144,7 +152,7 @@ class Worker:
         batches = [batch for batch in load_batches(Path(cells)) if UNTIMED not in batch]
         _reset_peak_memory()
         start = time.perf_counter()
-        self._session = open_session(Kind(kind), Path(path), task, cores)
+        self._session = open_session(Kind(kind), Path(path), task, cores, Path(tokenizer))
         loaded = time.perf_counter()
         self._cells = [call_of(self._session, batch) for batch in batches]
         self._cells[0].run()
@@ -207,6 +215,7 @@ class Worker:
             call = call_of(self._session, {**cell, **rows})
             calls = []
             for _ in range(3):  # the first warms up
+                call.renew()
                 start = time.perf_counter()
                 call.run()
                 calls.append(time.perf_counter() - start)
@@ -264,6 +273,10 @@ class Worker:
         )  # fmt: skip
         return [answer_text(tokenizer, tokens, ends) for tokens in written]
 
+    def gives_logits(self) -> bool:
+        """Whether what is open is judged by its logits; else by its tokens alone."""
+        return hasattr(self._session, "logits")
+
     def spell(self, folder: str) -> list[str]:
         """Where the runtime's own tokenizer differs from that of a checkpoint's folder."""
         from optimize.models.spelling import spelling_problems
@@ -271,27 +284,36 @@ class Worker:
         return spelling_problems(Path(folder), self._session)
 
     def write_on(self, prompts: str, out: str) -> dict[str, Any]:
-        """Continue every prompt of an .npz greedily, and hold each token against the session's own scoring."""
+        """Continue every prompt of an .npz greedily, and hold each token against the session's own scoring, if it has
+        one. Else `repeat_error` is the share of the first prompts' tokens that differ the second time.
+        """
         import numpy as np
 
         from optimize.pipeline.batches import load_batches, save_batches
-        from optimize.pipeline.language import REGRET, TOKENS, regrets
+        from optimize.pipeline.language import REGRET, TOKENS, regrets, score
+        from optimize.pipeline.tokens import ENDS, LOGPROBS
 
-        session = self._session
-        found = []
-        for batch in load_batches(Path(prompts)):
-            call = call_of(session, batch)
-            written = call.run().tokens
-            if written.shape != (len(call.prompts), int(batch[NEW])):
-                return {
-                    "problems": [f"{list(written.shape)} tokens for {len(call.prompts)} x {batch[NEW]}"],
-                    "repeat_error": 0.0,
-                }
-            for prompt, tokens in zip(call.prompts, written, strict=True):
-                logits = session.logits(np.concatenate([prompt, tokens[:-1]]), len(tokens))
-                found.append({TOKENS: tokens, REGRET: regrets(logits, tokens)})
+        session, scores = self._session, self.gives_logits()
+        found: list[dict[str, Any]] = []
+        calls = [call_of(session, batch) for batch in load_batches(Path(prompts))]
+        for call in calls:
+            made = call.run() if scores else call.tell()
+            expected = (len(call.prompts), int(call.batch[NEW]))
+            if made.tokens.shape != expected:
+                return {"problems": [f"tokens of {made.tokens.shape} for {expected}"], "repeat_error": 0.0}
+            for index, (prompt, tokens) in enumerate(zip(call.prompts, made.tokens, strict=True)):
+                if scores:
+                    logits = session.logits(np.concatenate([prompt, tokens[:-1]]), len(tokens))
+                    found.append(score(logits, tokens) | {TOKENS: tokens, REGRET: regrets(logits, tokens)})
+                else:
+                    ends = np.array(session.ends, dtype=np.int64)
+                    found.append({TOKENS: tokens, LOGPROBS: made.logprobs[index], ENDS: ends})
         save_batches(Path(out), found)
-        return {"problems": [], "repeat_error": 0.0}
+        if scores:
+            return {"problems": [], "repeat_error": 0.0}
+        calls[0].renew()
+        first = np.stack([each[TOKENS] for each in found[: len(calls[0].prompts)]])
+        return {"problems": [], "repeat_error": float((calls[0].run().tokens != first).mean())}
 
     def evaluate(self, task: str, pooling: str | None, batches: str, out: str) -> dict[str, Any]:
         """Run every batch of an .npz and write what is judged of each example to another, with peculiarities."""
@@ -327,6 +349,7 @@ class Worker:
         try:
             end = clock() + seconds
             while len(samples) < least or clock() < end:
+                call.renew()
                 start = clock()
                 outputs = call.run()
                 total = clock() - start
@@ -368,13 +391,22 @@ def _wrong(logits: Any, tokens: int) -> list[str]:
 
 
 def peak_memory() -> int:
-    """Bytes of this process in memory, at most since the last reset."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
+    """Bytes of this process in memory, at most since the last reset, with those of the processes that it started."""
+    import psutil
+
+    if not Path("/proc/self/status").exists():
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    pids = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
+    return sum(map(_peak_of, pids))
+
+
+def _peak_of(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # it has ended
+        return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 

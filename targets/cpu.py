@@ -54,6 +54,8 @@ GENERATING = {  # for language models
     "gguf-q4_k_m": "convert-gguf{type=q4_k_m}",
     "gguf-q4_1": "convert-gguf{type=q4_1}",
     "gguf-q4_0": "convert-gguf{type=q4_0}",
+    "ollama-q8_0": "convert-gguf,create-ollama",
+    "ollama-q4_1": "convert-gguf{type=q4_1},create-ollama",
 }
 # recipe -> the one that must have proved inaccurate before this one, which keeps more in floating point, is built
 RECOVERIES = {

@@ -1,4 +1,5 @@
-"""What opens an artifact: one file per kind, each with `open_session(path, task, cores) -> Session`.
+"""What opens an artifact: one file per kind, each with `open_session(path, task, cores) -> Session`; where a server
+takes and gives text alone, `tokenizer` is one more argument, a folder that has the checkpoint's.
 
 Only a worker (or `optimize.load`) opens one, so these modules import their libraries at the top.
 """
@@ -14,12 +15,14 @@ import numpy as np
 
 from optimize.pipeline.contract import Array, Batch, Kind, Layers, Session
 
+TEXTUAL = (Kind.OLLAMA,)
 RUNTIMES = {
     Kind.CHECKPOINT: "eager",
     Kind.AOTI: "aoti",
     Kind.ONNX: "onnxruntime",
     Kind.OPENVINO: "openvino",
     Kind.GGUF: "llamacpp",
+    Kind.OLLAMA: "ollama",
 }
 
 
@@ -34,7 +37,8 @@ def weights_key(weights: Array) -> str:
     return f"{weights.size} {np.linalg.norm(weights.astype(np.float64)):.6e}"
 
 
-def open_session(kind: Kind, path: Path, task: str, cores: int) -> Session:
-    """Open an artifact folder with the runtime of its kind, on `cores` threads."""
+def open_session(kind: Kind, path: Path, task: str, cores: int, tokenizer: Path | None = None) -> Session:
+    """Open an artifact folder with the runtime of its kind, on `cores` threads. An emitted one has its tokenizer."""
     module = importlib.import_module(f"optimize.targets.runtimes.{RUNTIMES[kind]}")
-    return cast(Session, module.open_session(path, task, cores))
+    options = {"tokenizer": tokenizer or path} if kind in TEXTUAL else {}
+    return cast(Session, module.open_session(path, task, cores, **options))

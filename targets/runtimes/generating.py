@@ -11,10 +11,10 @@ import numpy as np
 from optimize.pipeline.contract import Array, Generation
 
 
-def generate(session: Any, prompts: Sequence[Array], new: int) -> Generation:
-    """`new` tokens for each prompt, by the session's own loop where it has one."""
+def generate(session: Any, prompts: Sequence[Array], new: int, *, logprobs: bool = False) -> Generation:
+    """`new` tokens for each prompt, by the session's own loop where it has one; `logprobs` only of that."""
     if hasattr(session, "generate"):
-        found: Generation = session.generate(prompts, new)
+        found: Generation = session.generate(prompts, new, **({"logprobs": True} if logprobs else {}))
         return found
     start = time.perf_counter()
     tokens = session.prefill(prompts, new).argmax(axis=-1)
