@@ -27,7 +27,7 @@ ENDING = 5.0  # seconds until it ends when asked to
 POLL = 0.1  # seconds that it has to end in, once it does not answer
 SILENCE = 600.0  # seconds without a byte of an answer
 HIDDEN = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
-WATCH = 'read -r line; kill -KILL -- "-$0"'  # until the pipe ends, which it does with the one who holds it
+WATCH = 'read -r line; kill -KILL "-$0"'  # until the pipe ends, which it does with the one who holds it
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 

@@ -50,6 +50,7 @@ IMPORTS = {
     Kind.ONNX: ("onnxruntime",),
     Kind.OPENVINO: ("openvino",),
     Kind.GGUF: ("xllamacpp",),
+    Kind.OLLAMA: (),
 }
 NORMALIZE = "embeddings = embeddings / (embeddings**2).sum(-1)[:, None] ** 0.5\n"
 POOL = {  # what was judged of a sentence
@@ -78,6 +79,33 @@ params.model.path = "model.gguf"
 server = xllamacpp.Server(params)
 print(server.handle_completions({"prompt": "The harbour was", "max_tokens": 32, "temperature": 0}))
 """
+OLLAMA = """import json
+import urllib.request
+
+options = {"temperature": 0, "num_predict": 32}
+asked = {"model": "NAME", "prompt": "The harbour was", "raw": True, "stream": False, "options": options}
+request = urllib.request.Request("http://127.0.0.1:11434/api/generate", json.dumps(asked).encode())
+print(json.load(urllib.request.urlopen(request))["response"])
+"""
+WITH_RUNTIME = """With its runtime and transformers' tokenizer, in this folder (`{install}`):
+
+```python
+{usage}```
+
+Or with `import optimize; model = optimize.load(".")`, which drops into `transformers.pipeline`.
+"""
+WITH_OLLAMA = """With Ollama, in this folder (proved with version {version}; it gives no logits, so it was judged by
+tokens). Once, which copies the weights into Ollama's own store:
+
+    ollama create NAME -f Modelfile
+
+Then `ollama run NAME`, or over HTTP:
+
+```python
+{usage}```
+
+Or with `optimize serve .`, an OpenAI-compatible endpoint of a private server. `model.gguf` also runs in llama.cpp.
+"""
 
 
 def usage(report: Report, kind: Kind) -> str:
@@ -85,7 +113,7 @@ def usage(report: Report, kind: Kind) -> str:
     from optimize.models.tasks import TASKS
 
     if TASKS[report.checkpoint.task].generates:
-        return SERVE if kind is Kind.GGUF else GENERATE
+        return {Kind.GGUF: SERVE, Kind.OLLAMA: OLLAMA}.get(kind, GENERATE)
     tensors = "pt" if kind in (Kind.CHECKPOINT, Kind.AOTI) else "np"
     auto_class = TASKS[report.checkpoint.task].auto_class
     run = RUN[kind].format(auto_class=auto_class, torch=report.host.packages.get("torch"))
@@ -157,10 +185,10 @@ On {host.target.device} ({host.target.cores} cores), {report.created}:
 
 ## How to run it
 
-With its runtime and transformers' tokenizer, in this folder (`{install(report, winner.kind)}`):
+{_how_to_run(report, winner.kind)}"""
 
-```python
-{usage(report, winner.kind)}```
 
-Or with `import optimize; model = optimize.load(".")`, which drops into `transformers.pipeline`.
-"""
+def _how_to_run(report: Report, kind: Kind) -> str:
+    form = WITH_OLLAMA if kind is Kind.OLLAMA else WITH_RUNTIME
+    version = report.host.packages.get("ollama", "unknown")
+    return form.format(install=install(report, kind), usage=usage(report, kind), version=version)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from optimize.pipeline.driver import find_target
 from optimize.pipeline.errors import WorkerError
-from optimize.pipeline.plan import installed_version
+from optimize.pipeline.plan import installed_version, ollama_version
 from optimize.pipeline.recipe import pass_class, pass_names
 from optimize.pipeline.roofline import measure_peaks
 from optimize.pipeline.workers import WorkerProcess
@@ -50,6 +50,7 @@ def findings(cache: Path) -> list[Finding]:
         Finding("processor", target.device, f"{target.cores} cores; {', '.join(target.features)}"),
         Finding("memory", f"{target.memory / 2**30:.0f} GiB", "a checkpoint needs about 12 bytes a parameter to build"),
         Finding("C++ compiler", compiler or "none", "compile-aoti needs one", good=compiler is not None),
+        Finding("ollama", ollama_version() or "none", "for create-ollama; without it a GGUF is emitted for llama.cpp"),
         Finding("cache", f"{free / 2**30:.0f} GiB free", str(cache), good=free > 2 << 30),
     ]
     needs: dict[str, list[str]] = {}

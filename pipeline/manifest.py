@@ -17,7 +17,7 @@ from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Labelling,
 from optimize.pipeline.errors import ArtifactError
 from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.measure import Speed
-from optimize.pipeline.plan import installed_version
+from optimize.pipeline.plan import installed_version, ollama_version
 from optimize.pipeline.roofline import Peaks, Roof, Work
 from optimize.pipeline.tokens import TokenAccuracy
 from optimize.pipeline.verdict import Candidate, Throughput
@@ -124,7 +124,7 @@ def source_of(checkpoint: Checkpoint) -> Source:
 
 def host_of(target: Target) -> Host:
     """This host's part of a report."""
-    versions = {name: installed_version(name) for name in RECORDED}
+    versions = {name: installed_version(name) for name in RECORDED} | {"ollama": ollama_version()}
     packages = {name: version for name, version in versions.items() if version is not None}
     return Host(target, platform.platform(), platform.python_version(), packages)
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import shutil
+import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -233,6 +237,23 @@ def installed_version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+@cache
+def ollama_version() -> str | None:
+    """Version of the `ollama` on PATH, or "unknown"; None where there is none. It asks no server."""
+    executable = shutil.which("ollama")
+    if executable is None:
+        return None
+    try:
+        environment = os.environ | {"OLLAMA_HOST": "127.0.0.1:1"}  # where nobody listens: it then names its own
+        done = subprocess.run(
+            [executable, "--version"], capture_output=True, text=True, env=environment, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    found = re.search(r"version is (\S+)\s*$", done.stdout)
+    return found[1] if found else "unknown"
 
 
 def needed_memory(parameters: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimize.pipeline.contract import Cell, Meaning
+from optimize.pipeline.contract import Cell, Kind, Meaning
 from optimize.pipeline.errors import ExitCode
 from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.manifest import Baseline, Report
@@ -68,7 +68,10 @@ def print_report(console: Console, report: Report, out: Path) -> None:
         console.print(f"what would help: {help_}", highlight=False)
         return
     console.print(f"\nemitted [bold green]{report.emitted}[/] to {out}", highlight=False, soft_wrap=True)
-    console.print(f"  use it:     import optimize; model = optimize.load({str(out)!r})", markup=False, soft_wrap=True)
+    kind = next(each.kind for each in report.candidates if each.name == report.emitted)
+    serve = f"optimize serve {shlex.quote(str(out))}"
+    load = f"import optimize; model = optimize.load({str(out)!r})"
+    console.print(f"  use it:     {serve if kind is Kind.OLLAMA else load}", markup=False, soft_wrap=True)
     console.print(f"  without us: see {out}/README.md", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"  check it:   optimize verify {shlex.quote(str(out))}", markup=False, highlight=False, soft_wrap=True

@@ -1,10 +1,12 @@
 """Ollama: left out where it is not, and otherwise asked over HTTP. Here a stand-in answers (see ollama_double.py)."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import optimize
 from optimize.models.pieces import Pieces
 from optimize.passes import _ollama
 from optimize.passes.convert_gguf import ConvertGguf
 from optimize.passes.create_ollama import CreateOllama
 from optimize.pipeline.batches import NEW, UNTIMED, load_batches, save_batches
 from optimize.pipeline.contract import Artifact, Context, Gates, Kind
+from optimize.pipeline.errors import RequestError
 from optimize.pipeline.tokens import TokenAccuracy, compare_tokens, why_tokens_rejected
 from optimize.pipeline.worker import Worker
 from optimize.targets.cpu import probe
@@ -124,9 +128,20 @@ def test_a_model_in_ollama_is_judged_by_tokens_emitted_and_verified(
     assert sorted(each.name for each in out.iterdir() if "ollama" in each.name or each.suffix == ".gguf") == [
         "model.gguf"
     ]
+    with pytest.raises(RequestError, match="no logits"):
+        optimize.load(out)
     verified = run_optimize(tmp_path, shared_cache, "verify", out, "--budget", "1s", "--max-load", "1", env=env)
     assert verified.code == 0, verified.output
     assert "judged by tokens" in verified.output
+    command = [sys.executable, "-m", "optimize.pipeline.cli", "serve", str(out), "--port", "0"]
+    serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | env, start_new_session=True)
+    assert serving.stdout is not None
+    address = serving.stdout.readline().split("/v1 ")[0]
+    assert json.loads(urllib.request.urlopen(f"{address}/api/version").read()) == {"version": "0.0.1-double"}
+    (server,) = servers(serving.pid)
+    serving.kill()
+    serving.communicate()
+    assert psutil.wait_procs([server], timeout=10)[1] == []
 
 
 def test_it_writes_what_llama_cpp_writes(
@@ -199,7 +214,7 @@ def test_no_server_outlives_its_parent(with_ollama: None, gguf: Artifact, tmp_pa
         if session:
             os.killpg(parent.pid, signal.SIGSTOP)  # as what is not being timed
         parent.kill()
-        parent.communicate()
+        parent.communicate(timeout=30)
         assert psutil.wait_procs([server], timeout=10)[1] == []
 
 
@@ -217,4 +232,4 @@ def test_prompts_that_text_cannot_say_are_known(language_model: Path) -> None:
 def servers(parent: int | None = None) -> list[psutil.Process]:
     """The stand-in's processes that live under one of ours."""
     family = psutil.Process(parent).children(recursive=True)
-    return [each for each in family if "serve" in each.cmdline() and each.status() != psutil.STATUS_ZOMBIE]
+    return [each for each in family if str(DOUBLE) in each.cmdline() and each.status() != psutil.STATUS_ZOMBIE]

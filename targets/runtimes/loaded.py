@@ -14,9 +14,10 @@ from transformers import modeling_outputs
 
 from optimize.models.checkpoint import max_length, read_config
 from optimize.models.tasks import TASKS
+from optimize.pipeline.errors import RequestError
 from optimize.pipeline.manifest import Manifest, read_manifest
 from optimize.pipeline.store import check_files
-from optimize.targets.runtimes import open_session
+from optimize.targets.runtimes import TEXTUAL, open_session
 from optimize.targets.runtimes.loaded_generator import LoadedGenerator
 
 
@@ -109,6 +110,11 @@ def load(folder: Path) -> LoadedModel | LoadedGenerator:
     manifest = read_manifest(folder)
     used = {name: digest for name, digest in manifest.files.items() if not name.startswith("evidence/")}
     check_files(folder, used)
+    if manifest.kind in TEXTUAL:
+        raise RequestError(
+            f"{manifest.kind} gives text and no logits, which transformers' generate needs",
+            hint=f"serve it with optimize serve {folder}, or see {folder}/README.md",
+        )
     if TASKS[manifest.report.checkpoint.task].generates:
         return LoadedGenerator(folder, manifest)
     return LoadedModel(folder, manifest)
