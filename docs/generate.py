@@ -35,8 +35,8 @@ What has no line above is not in this version. What is, but was never run, or on
 |---|---|
 | targets `gpu` and `multi-gpu` | a later version: no pass, runtime or measurement for them yet |
 | IPEX, TensorRT, TensorRT-LLM, vLLM | not in this version |
-| Ollama | not run here: a GGUF carries a Modelfile, and is judged by llama.cpp |
 | OpenVINO Model Server | not run here: a language model in OpenVINO is run by openvino-genai |
+| Ollama | written after its documentation and source of August 2026; only run against a stand-in, never a real Ollama |
 | encoder-decoders, vision, audio | not in this version: no task for them |
 | huggingface.co itself | hub ids are tested against a local server that answers the hub's API only |
 | Xet transfers | left to huggingface_hub; the local server does not offer them |
@@ -76,7 +76,9 @@ def support_page() -> str:
     parts.append("## Targets\n")
     modules = [(name, importlib.import_module(f"optimize.targets.{name.replace('-', '_')}")) for name in target_names()]
     rows = [
-        (f"`{name}`", "<br>".join(_recipe(module, recipe) for recipe in module.RECIPES)) for name, module in modules
+        (f"`{name}`{what}", "<br>".join(_recipe(module, recipe, texts[recipe]) for recipe in texts))
+        for name, module in modules
+        for what, texts in (("", module.RECIPES), (", language models", module.GENERATING))
     ]
     parts.append(_table(("target", "recipes"), rows))
     parts.append("## Tasks\n")
@@ -128,9 +130,9 @@ def _bad_input() -> ModuleType:
     return sys.modules["tests.bad_input"]
 
 
-def _recipe(module: ModuleType, name: str) -> str:
+def _recipe(module: ModuleType, name: str, text: str) -> str:
     after = module.RECOVERIES.get(name)
-    return f"{name}: `{module.RECIPES[name]}`" + (f", if {after} is inaccurate" if after else "")
+    return f"{name}: `{text}`" + (f", if {after} is inaccurate" if after else "")
 
 
 def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -17,15 +17,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import optimize
+from optimize.models.language import encode_prompts
 from optimize.models.pieces import Pieces
 from optimize.passes import _ollama
 from optimize.passes.convert_gguf import ConvertGguf
 from optimize.passes.create_ollama import CreateOllama
 from optimize.pipeline.batches import NEW, UNTIMED, load_batches, save_batches
-from optimize.pipeline.contract import Artifact, Context, Gates, Kind
+from optimize.pipeline.contract import Artifact, Cell, Context, Gates, Kind
 from optimize.pipeline.errors import RequestError
-from optimize.pipeline.tokens import TokenAccuracy, compare_tokens, why_tokens_rejected
-from optimize.pipeline.worker import Worker
+from optimize.pipeline.tokens import compare_tokens, why_tokens_rejected
+from optimize.pipeline.worker import Worker, _peak_of, call_of, peak_memory
 from optimize.targets.cpu import probe
 from optimize.targets.runtimes import llamacpp
 from optimize.targets.runtimes.eager import open_session as open_eager
@@ -65,6 +66,12 @@ def gguf(language_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Arti
     return Artifact(Kind.GGUF, out, "", "")
 
 
+@pytest.fixture(scope="module")
+def reference(language_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What the eager model writes."""
+    return written(open_eager(language_model, "text-generation", 2), tmp_path_factory.mktemp("reference"))[0]
+
+
 @pytest.fixture
 def with_ollama(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", path)
@@ -95,11 +102,6 @@ def written(session: Any, folder: Path) -> tuple[list[Any], Worker]:
     answer = worker.write_on(str(prompts(folder)), str(folder / "out.npz"))
     assert answer == {"problems": [], "repeat_error": 0.0}
     return load_batches(folder / "out.npz"), worker
-
-
-def judged(session: Any, language_model: Path, folder: Path) -> TokenAccuracy:
-    reference, _ = written(open_eager(language_model, "text-generation", 2), folder)
-    return compare_tokens(reference, written(session, folder)[0])
 
 
 def test_without_ollama_the_recipe_is_left_out(language_model: Path, cli: Cli) -> None:
@@ -145,26 +147,28 @@ def test_a_model_in_ollama_is_judged_by_tokens_emitted_and_verified(
 
 
 def test_it_writes_what_llama_cpp_writes(
-    session: OllamaSession, gguf: Artifact, language_model: Path, tmp_path: Path
+    session: OllamaSession, gguf: Artifact, language_model: Path, reference: list[Any], tmp_path: Path
 ) -> None:
     found, worker = written(session, tmp_path)
     own = llamacpp.open_session(gguf.path, "text-generation", 2)
     expected, _ = written(own, tmp_path)
     assert [each["tokens"].tolist() for each in found] == [each["tokens"].tolist() for each in expected]
     assert worker.spell(str(language_model)) == []
-    accuracy = judged(session, language_model, tmp_path)
+    accuracy = compare_tokens(reference, found)
     assert (accuracy.agreement, accuracy.drop.high, accuracy.examples, accuracy.positions) == (1, 0, 3, 18)
     assert accuracy.logprob_error is not None and accuracy.logprob_error < 0.01
     made = session.generate([np.arange(10, 18)] * 3, 4)
     assert len(made.seconds) == 4 and list(made.seconds) == sorted(made.seconds)
+    assert peak_memory() > _peak_of(os.getpid()) + (10 << 20)  # the server's, which has the model
 
 
 def test_wrong_answers_are_rejected(
-    with_ollama: None, gguf: Artifact, language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    with_ollama: None, gguf: Artifact, language_model: Path, reference: list[Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setenv("DOUBLE_FAULT", "reversed")
     session = OllamaSession(gguf.path, 2, language_model)
-    accuracy = judged(session, language_model, tmp_path)
+    accuracy = compare_tokens(reference, written(session, tmp_path)[0])
     session.close()
     assert "above the gate" in str(why_tokens_rejected(accuracy, Gates(max_drop=0.1)))
 
@@ -218,6 +222,27 @@ def test_no_server_outlives_its_parent(with_ollama: None, gguf: Artifact, tmp_pa
         assert psutil.wait_procs([server], timeout=10)[1] == []
 
 
+def test_each_timed_call_finds_a_server_that_reads_something_else(session: OllamaSession, tmp_path: Path) -> None:
+    """Else the time to the first token would be that of a prompt which is in its cache."""
+    asked: list[str] = []
+    stream = session._server.stream
+
+    def note(method: str, path: str, body: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        assert body is not None
+        asked.append(body["prompt"])
+        return stream(method, path, body)
+
+    worker = Worker()
+    worker._cells = [call_of(session, load_batches(prompts(tmp_path))[0])]
+    session._server.stream = note  # type: ignore[method-assign]
+    worker.time(0, seconds=0, least=3)
+    timed = [index for index, text in enumerate(asked) if text == max(asked, key=asked.count)]
+    assert len(timed) == 3
+    between = [asked[index - 1] for index in timed]
+    assert len(set(between)) == 3  # unlike each other too, or they would be in the cache themselves
+    assert all(len(session._pieces.tokens_of(text)) > 10 for text in between)
+
+
 def test_prompts_that_text_cannot_say_are_known(language_model: Path) -> None:
     pieces = Pieces(language_model)
     tokens = language_tokenizer()("The harbour 12 👍")["input_ids"]
@@ -227,6 +252,14 @@ def test_prompts_that_text_cannot_say_are_known(language_model: Path) -> None:
         tokens[-len(language_tokenizer()("👍")["input_ids"]) :],
         language_tokenizer()(" harbour")["input_ids"],
     ]
+
+
+def test_prompts_of_the_workload_can_be_said_in_text(language_model: Path, some_text: Path) -> None:
+    rows = [json.loads(line) for line in some_text.read_text(encoding="utf-8").splitlines()]
+    pieces = Pieces(language_model)
+    for batch in encode_prompts(language_model, rows, [Cell(8, 16, 4), Cell(3, 65, 4)]):
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            assert pieces.text_of(ids[mask != 0])[1]
 
 
 def servers(parent: int | None = None) -> list[psutil.Process]:

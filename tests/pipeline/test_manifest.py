@@ -157,7 +157,7 @@ def test_schema_and_reader_refuse_the_same_missing_fields(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("kind", "gguf"), ("files", ["model.onnx"]), ("accuracy", None), ("speed", "fast"), ("recipe", 3)],
+    [("kind", "no-kind"), ("files", ["model.onnx"]), ("accuracy", None), ("speed", "fast"), ("recipe", 3)],
 )
 def test_schema_and_reader_refuse_a_wrong_type(
     document: dict[str, Any], read: Callable[[object], Manifest], field: str, value: object
