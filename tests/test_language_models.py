@@ -172,7 +172,8 @@ def test_questions_are_judged_beside_the_shipped_text(
     assert 0 < np.mean(right) < 1 and right != by_character
     card = (out / "README.md").read_text()
     assert re.search(r"- acc 0.* on 30 questions of .*questions.jsonl", card) and "examples\n  of shipped text" in card
-    assert "cannot show a drop below" in outcome.output and "about 86 would resolve" in outcome.output
+    assert "acc on 30 labelled questions cannot show a drop below" in outcome.output
+    assert "questions.jsonl; perplexity and KL divergence: shipped text" in outcome.output
 
 
 class Likelihoods:
