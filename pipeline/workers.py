@@ -40,6 +40,7 @@ class WorkerProcess:
             "OPTIMIZE_ANSWERS": str(write_end),
             "OPTIMIZE_PARENT": str(os.getpid()),
             "HF_HUB_OFFLINE": "1",  # what a worker needs was fetched before
+            "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime reports home, and keeps a database in the user's cache
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": str(self._scratch.absolute()),

@@ -19,6 +19,8 @@ from optimize.models.examples import SHIPPED
 from optimize.pipeline.roofline import measure_peaks
 from optimize.targets.cpu import probe
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before any test imports ONNX Runtime
+
 # options for tests of everything but speed: tests run side by side, and take each other for foreign load
 QUICK = ("--workload", "1x8,2x16", "--budget", "1s", "--min-speedup", "0.0001", "--max-load", "1")
 CHAT = (

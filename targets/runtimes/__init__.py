@@ -7,6 +7,7 @@ Only a worker (or `optimize.load`) opens one, so these modules import their libr
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -22,6 +23,7 @@ RUNTIMES = {
     Kind.ONNX: "onnxruntime",
     Kind.OPENVINO: "openvino",
     Kind.GGUF: "llamacpp",
+    Kind.GENAI: "genai",
     Kind.OLLAMA: "ollama",
 }
 
@@ -39,6 +41,7 @@ def weights_key(weights: Array) -> str:
 
 def open_session(kind: Kind, path: Path, task: str, cores: int, tokenizer: Path | None = None) -> Session:
     """Open an artifact folder with the runtime of its kind, on `cores` threads. An emitted one has its tokenizer."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read once, by what is imported next: see pipeline/workers.py
     module = importlib.import_module(f"optimize.targets.runtimes.{RUNTIMES[kind]}")
     options = {"tokenizer": tokenizer or path} if kind in TEXTUAL else {}
     return cast(Session, module.open_session(path, task, cores, **options))

@@ -374,3 +374,10 @@ def test_a_worker_that_cannot_start_leaves_no_pipe_open(tmp_path: Path) -> None:
     with pytest.raises(OptimizeError):
         WorkerProcess(tmp_path / "worker.log", toolchain="ipex")
     assert psutil.Process().num_fds() == before
+
+
+def test_no_worker_reports_home(tmp_path: Path) -> None:
+    with WorkerProcess(tmp_path / "worker.log") as worker:
+        worker.ask(**EASY)
+        environment = Path(f"/proc/{worker.pid}/environ").read_bytes().split(b"\0")
+    assert b"ORT_DISABLE_TELEMETRY=1" in environment
