@@ -51,6 +51,7 @@ IMPORTS = {
     Kind.OPENVINO: ("openvino",),
     Kind.GGUF: ("xllamacpp",),
     Kind.OLLAMA: (),
+    Kind.GENAI: ("onnxruntime-genai",),
 }
 NORMALIZE = "embeddings = embeddings / (embeddings**2).sum(-1)[:, None] ** 0.5\n"
 POOL = {  # what was judged of a sentence
@@ -106,6 +107,22 @@ Then `ollama run NAME`, or over HTTP:
 
 Or with `optimize serve .`, an OpenAI-compatible endpoint of a private server. `model.gguf` also runs in llama.cpp.
 """
+GENAI = """import os
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when the next line runs
+import onnxruntime_genai
+
+model = onnxruntime_genai.Model(".")
+tokenizer = onnxruntime_genai.Tokenizer(model)
+params = onnxruntime_genai.GeneratorParams(model)
+params.set_search_options(max_length=64, do_sample=False)
+generator = onnxruntime_genai.Generator(model, params)
+generator.append_tokens(tokenizer.encode("The harbour was"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+"""
+GENERATES = {Kind.GGUF: SERVE, Kind.OLLAMA: OLLAMA, Kind.GENAI: GENAI}
 
 
 def usage(report: Report, kind: Kind) -> str:
@@ -113,7 +130,7 @@ def usage(report: Report, kind: Kind) -> str:
     from optimize.models.tasks import TASKS
 
     if TASKS[report.checkpoint.task].generates:
-        return {Kind.GGUF: SERVE, Kind.OLLAMA: OLLAMA}.get(kind, GENERATE)
+        return GENERATES.get(kind, GENERATE)
     tensors = "pt" if kind in (Kind.CHECKPOINT, Kind.AOTI) else "np"
     auto_class = TASKS[report.checkpoint.task].auto_class
     run = RUN[kind].format(auto_class=auto_class, torch=report.host.packages.get("torch"))

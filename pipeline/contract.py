@@ -28,6 +28,7 @@ class Kind(StrEnum):
     OPENVINO = "openvino"  # openvino_model.xml and .bin
     GGUF = "gguf"  # model.gguf, for llama.cpp
     OLLAMA = "ollama"  # model.gguf and the Modelfile from which Ollama makes its model
+    GENAI = "onnxruntime-genai"  # genai_config.json, model.onnx with model.onnx.data, and a tokenizer
 
 
 class Meaning(StrEnum):

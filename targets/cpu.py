@@ -56,6 +56,9 @@ GENERATING = {  # for language models
     "gguf-q4_0": "convert-gguf{type=q4_0}",
     "ollama-q8_0": "convert-gguf,create-ollama",
     "ollama-q4_1": "convert-gguf{type=q4_1},create-ollama",
+    "genai": "build-genai",
+    "genai-int8": "build-genai{precision=int8}",
+    "genai-int4": "build-genai{precision=int4}",
 }
 # recipe -> the one that must have proved inaccurate before this one, which keeps more in floating point, is built
 RECOVERIES = {

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from optimize.pipeline.worker import Worker
 from optimize.targets.runtimes import open_session
 from tests.conftest import QUICK, Cli, MakeCheckpoint, Outcome, run_optimize
 
-RECIPES = ("convert-openvino", "gguf-q8_0", "gguf-bf16")
+KINDS = ("convert-openvino", "gguf-q8_0", "genai")
 SHORT = ("--workload", "1x8+3,2x16+3", *QUICK[2:])
 
 
@@ -51,7 +53,7 @@ def emitted(
 ) -> dict[str, tuple[Path, Outcome]]:  # fmt: skip
     """A folder of each kind, one judged on text of the user's, the other on questions and the shipped text."""
     found = {}
-    for recipe, data in (("convert-openvino", some_text), ("gguf-q8_0", some_questions)):
+    for recipe, data in zip(KINDS, (some_text, some_questions, some_text), strict=True):
         folder = tmp_path_factory.mktemp("emitted")
         outcome = run_optimize(
             folder, shared_cache, language_model, "--recipe", recipe, "--data", data, *SHORT,
@@ -62,7 +64,7 @@ def emitted(
     return found
 
 
-@pytest.mark.parametrize("recipe", ["convert-openvino", "gguf-q8_0"])
+@pytest.mark.parametrize("recipe", KINDS)
 def test_a_language_model_is_judged_by_perplexity_and_timed_by_phase(
     recipe: str, emitted: dict[str, tuple[Path, Outcome]]
 ) -> None:
@@ -78,7 +80,7 @@ def test_a_language_model_is_judged_by_perplexity_and_timed_by_phase(
     assert (out / "optimize.json").is_file()
 
 
-@pytest.mark.parametrize("recipe", ["convert-openvino", "gguf-q8_0"])
+@pytest.mark.parametrize("recipe", KINDS)
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 4}, {"num_beams": 2}], ids=str)
 def test_generate_is_transformers_own(
     recipe: str, options: dict[str, Any], emitted: dict[str, tuple[Path, Outcome]], language_model: Path
@@ -97,7 +99,7 @@ def test_generate_is_transformers_own(
     set_seed(0)
     expected = AutoModelForCausalLM.from_pretrained(language_model).generate(**given)
     assert found.shape == expected.shape
-    if recipe == "convert-openvino":
+    if recipe != "gguf-q8_0":
         assert torch.equal(found, expected)
 
 
@@ -135,10 +137,10 @@ def test_long_prompts(recipe: str, length: int, emitted: dict[str, tuple[Path, O
 def test_run_prints_what_comes_and_serve_says_what_has_no_server(
     emitted: dict[str, tuple[Path, Outcome]], cli: Cli
 ) -> None:
-    out, _ = emitted["convert-openvino"]
+    out, _ = emitted["genai"]
     assert cli("run", out, "Hello", "--max-new-tokens", "3").code == 0
     refused = cli("serve", out)
-    assert refused.code == 2 and "has no server of its own here" in refused.output
+    assert refused.code == 2 and "onnxruntime-genai has no server of its own here" in refused.output
 
 
 def test_a_gguf_has_a_modelfile_and_is_verified(emitted: dict[str, tuple[Path, Outcome]], cli: Cli) -> None:
@@ -280,3 +282,10 @@ def test_a_tokenizer_of_its_own_is_refused(language_model: Path, cli: Cli, tmp_p
     outcome = cli(folder, "--recipe", "gguf-q8_0", *SHORT, "--out", tmp_path / "out")
     assert outcome.code == 4, outcome.output
     assert "its tokenizer makes" in outcome.output
+
+
+def test_the_card_of_a_genai_folder_runs(emitted: dict[str, tuple[Path, Outcome]]) -> None:
+    out, _ = emitted["genai"]
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    ran = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True, check=True, timeout=60)
+    assert ran.stdout.startswith("The harbour was") and len(ran.stdout) > len("The harbour was\n")

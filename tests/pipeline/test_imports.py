@@ -18,6 +18,7 @@ FRAMEWORKS = frozenset(
         "transformers",
         "onnx",
         "onnxruntime",
+        "onnxruntime_genai",
         "onnxscript",
         "openvino",
         "nncf",
