@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimize.pipeline.contract import Kind
+from optimize.pipeline.contract import Kind, Meaning
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.progress import accuracy_text
@@ -48,7 +48,7 @@ IMPORTS = {
     Kind.CHECKPOINT: ("torch",),
     Kind.AOTI: ("torch",),
     Kind.ONNX: ("onnxruntime",),
-    Kind.OPENVINO: ("openvino",),
+    Kind.OPENVINO: ("openvino", "openvino-genai"),
     Kind.GGUF: ("xllamacpp",),
     Kind.OLLAMA: (),
     Kind.GENAI: ("onnxruntime-genai",),
@@ -72,6 +72,13 @@ GENERATE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".", dtype="auto")
 inputs = tokenizer("The harbour was", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
+"""
+LLM_PIPELINE = """import json
+import openvino_genai
+
+with open("runtime.json") as file:
+    pipeline = openvino_genai.LLMPipeline(".", "CPU", **json.load(file))
+print(pipeline.generate("The harbour was", max_new_tokens=32, do_sample=False, apply_chat_template=False))
 """
 SERVE = """import xllamacpp  # or: llama-server -m model.gguf; ollama create NAME -f Modelfile
 
@@ -122,7 +129,7 @@ while not generator.is_done():
     generator.generate_next_token()
 print(tokenizer.decode(generator.get_sequence(0)))
 """
-GENERATES = {Kind.GGUF: SERVE, Kind.OLLAMA: OLLAMA, Kind.GENAI: GENAI}
+GENERATES = {Kind.OPENVINO: LLM_PIPELINE, Kind.GGUF: SERVE, Kind.OLLAMA: OLLAMA, Kind.GENAI: GENAI}
 
 
 def usage(report: Report, kind: Kind) -> str:
@@ -141,7 +148,8 @@ def usage(report: Report, kind: Kind) -> str:
 def install(report: Report, kind: Kind) -> str:
     """The command that installs what `usage` imports, in the versions that it was proved with."""
     versions = report.host.packages
-    wanted = [name for name in ("transformers", *IMPORTS[kind]) if name in versions]
+    needed = [name for name in IMPORTS[kind] if name != "openvino-genai" or report.evaluation.meaning is Meaning.NEXT]
+    wanted = [name for name in ("transformers", *needed) if name in versions]
     named = [f"{name}=={versions[name].partition('+')[0]}" for name in wanted]  # without a build's own label
     return f"pip install {' '.join(named)}"
 

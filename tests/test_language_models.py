@@ -103,7 +103,7 @@ def test_generate_is_transformers_own(
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("recipe", ["convert-openvino", "gguf-q8_0"])
+@pytest.mark.parametrize("recipe", KINDS)
 def test_padding_on_either_side_changes_nothing(recipe: str, emitted: dict[str, tuple[Path, Outcome]]) -> None:
     import optimize
 
@@ -118,7 +118,7 @@ def test_padding_on_either_side_changes_nothing(recipe: str, emitted: dict[str, 
     assert together == alone and len(set(map(tuple, alone))) == 3
 
 
-@pytest.mark.parametrize("recipe", ["convert-openvino", "gguf-q8_0"])
+@pytest.mark.parametrize("recipe", KINDS)
 @pytest.mark.parametrize("length", [2048, 8192])
 def test_long_prompts(recipe: str, length: int, emitted: dict[str, tuple[Path, Outcome]], language_model: Path) -> None:
     out, _ = emitted[recipe]
@@ -284,8 +284,9 @@ def test_a_tokenizer_of_its_own_is_refused(language_model: Path, cli: Cli, tmp_p
     assert "its tokenizer makes" in outcome.output
 
 
-def test_the_card_of_a_genai_folder_runs(emitted: dict[str, tuple[Path, Outcome]]) -> None:
-    out, _ = emitted["genai"]
+@pytest.mark.parametrize("recipe", KINDS)
+def test_what_the_card_says_runs(recipe: str, emitted: dict[str, tuple[Path, Outcome]]) -> None:
+    out, _ = emitted[recipe]
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     ran = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True, check=True, timeout=60)
-    assert ran.stdout.startswith("The harbour was") and len(ran.stdout) > len("The harbour was\n")
+    assert len(ran.stdout) > len("The harbour was\n")

@@ -165,8 +165,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "description not text": (lambda data: (data.parent / "artifact.json").write_bytes(b"\xff\xfe\xfd"), "artifact.js"),
     "description of another thing": (lambda data: (data.parent / "artifact.json").write_text("[]"), "artifact.json ca"),
     "unknown kind": (
-        lambda data: (data.parent / "artifact.json").write_text('{"kind": "gguf", "files": {}}'),
-        "artifact.json cannot be read ('gguf'",
+        lambda data: (data.parent / "artifact.json").write_text('{"kind": "clay", "files": {}}'),
+        "artifact.json cannot be read ('clay'",
     ),
 }
 
