@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -161,16 +161,24 @@ def _architecture(folder: Path, config: Mapping[str, Any]) -> str:
     return names[0]
 
 
+def compiles_whole(architecture: str, model_type: str) -> bool:
+    """Whether transformers says of an architecture that one step with a static cache compiles into one graph."""
+    return any("_can_compile_fullgraph = True" in text for text in _definitions(architecture, model_type))
+
+
 def _transformers_has(architecture: str, model_type: str) -> bool:
-    """Look the class up in transformers' files: importing it to ask would take seconds."""
+    return any(True for _ in _definitions(architecture, model_type))
+
+
+def _definitions(architecture: str, model_type: str) -> Iterator[str]:
+    """The text of transformers' files that define a class: importing it to ask would take seconds."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
         raise CheckpointError("transformers is not installed", hint="pip install transformers")
     models = Path(spec.origin).parent / "models"
     definition = re.compile(rf"^class {re.escape(architecture)}\(", re.MULTILINE)
     likely = sorted((models / model_type.replace("-", "_")).glob("modeling_*.py")) if model_type else []
-    return any(
-        definition.search(path.read_text(encoding="utf-8"))
-        for path in (*likely, *models.glob("*/modeling_*.py"))
-        if not path.name.startswith(("modeling_tf_", "modeling_flax_"))
-    )
+    for path in (*likely, *models.glob("*/modeling_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if definition.search(text) and not path.name.startswith(("modeling_tf_", "modeling_flax_")):
+            yield text

@@ -11,7 +11,8 @@ from optimize.pipeline.errors import CheckpointError
 
 
 def load_model(folder: Path, task: str, dtype: str | None = None) -> Any:
-    """The eager model in inference mode, in `dtype` (torch's spelling) or that of its weights, not of its config.
+    """The eager model in inference mode, in `dtype` (torch's spelling) or that of its weights, not of its config; one
+    that quantize-torchao made, in the dtype that it was made from.
 
     safetensors only, no remote code, no network. Raises CheckpointError when the checkpoint lacks weights that the
     task needs: transformers would fill them with random numbers and go on. A pooler that was never trained is left out.
@@ -21,7 +22,7 @@ def load_model(folder: Path, task: str, dtype: str | None = None) -> Any:
 
     auto_class = getattr(transformers, TASKS[task].auto_class)
     options: dict[str, Any] = {
-        "dtype": getattr(torch, dtype or inspect_weights(folder).dtype),
+        "dtype": "auto" if is_quantized(folder) else getattr(torch, dtype or inspect_weights(folder).dtype),
         "local_files_only": True,
         "trust_remote_code": False,
         "use_safetensors": True,
@@ -38,6 +39,13 @@ def load_model(folder: Path, task: str, dtype: str | None = None) -> Any:
             hint="name the task that it was trained for with --task",
         )
     return model.eval()
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the checkpoint's weights are torchao's: its config says so, and with what."""
+    from optimize.models.checkpoint import read_config
+
+    return (read_config(folder).get("quantization_config") or {}).get("quant_method") == "torchao"
 
 
 def sample_inputs(folder: Path) -> dict[str, Any]:

@@ -70,8 +70,31 @@ embeddings = outputs["last_hidden_state"][:, 0]
 GENERATE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".", dtype="auto")
-inputs = tokenizer("The harbour was", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
+{prepare}inputs = tokenizer("The harbour was", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32{options})[0]))
+"""
+PACK = """
+import torch
+from torchao.prototype.quantization.int4 import Int4OpaqueTensor
+from torchao.quantization import IntxUnpackedToInt8Tensor
+from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
+
+for layer in model.modules():  # pack four-bit weights for this processor; without it the model runs too, but slowly
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, IntxUnpackedToInt8Tensor):
+        data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.qdata.int() + 8, 1)
+        scales = pack_tinygemm_scales_and_zeros(weight.scale, -weight.scale * weight.zero_point, weight.scale.dtype)
+        packed = Int4OpaqueTensor(data, scales, list(weight.block_size), weight.shape)
+        layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+"""
+COMPILE = """
+import json
+from transformers import CompileConfig
+
+compiling = CompileConfig(**json.load(open("compile.json")))
+compiling._compile_all_devices = True  # else transformers compiles for accelerators alone
+
 """
 LLM_PIPELINE = """import json
 import openvino_genai
@@ -132,12 +155,15 @@ print(tokenizer.decode(generator.get_sequence(0)))
 GENERATES = {Kind.OPENVINO: LLM_PIPELINE, Kind.GGUF: SERVE, Kind.OLLAMA: OLLAMA, Kind.GENAI: GENAI}
 
 
-def usage(report: Report, kind: Kind) -> str:
+def usage(report: Report, kind: Kind, recipe: str) -> str:
     """Python that runs the emitted folder without this package, from inside it."""
     from optimize.models.tasks import TASKS
 
     if TASKS[report.checkpoint.task].generates:
-        return GENERATES.get(kind, GENERATE)
+        compiles = "compile-generate" in recipe
+        prepare = (PACK if "quantize-torchao{mode=int4}" in recipe else "") + (COMPILE if compiles else "")
+        options = ", compile_config=compiling" if compiles else ""
+        return GENERATES.get(kind) or GENERATE.format(prepare=prepare, options=options)
     tensors = "pt" if kind in (Kind.CHECKPOINT, Kind.AOTI) else "np"
     auto_class = TASKS[report.checkpoint.task].auto_class
     run = RUN[kind].format(auto_class=auto_class, torch=report.host.packages.get("torch"))
@@ -145,11 +171,12 @@ def usage(report: Report, kind: Kind) -> str:
     return TOKENIZE.format(tensors=tensors) + "\n" + run + pooled
 
 
-def install(report: Report, kind: Kind) -> str:
+def install(report: Report, kind: Kind, recipe: str) -> str:
     """The command that installs what `usage` imports, in the versions that it was proved with."""
     versions = report.host.packages
     needed = [name for name in IMPORTS[kind] if name != "openvino-genai" or report.evaluation.meaning is Meaning.NEXT]
-    wanted = [name for name in ("transformers", *needed) if name in versions]
+    quantizer = ("torchao",) if "quantize-torchao" in recipe else ()
+    wanted = [name for name in ("transformers", *needed, *quantizer) if name in versions]
     named = [f"{name}=={versions[name].partition('+')[0]}" for name in wanted]  # without a build's own label
     return f"pip install {' '.join(named)}"
 
@@ -210,10 +237,12 @@ On {host.target.device} ({host.target.cores} cores), {report.created}:
 
 ## How to run it
 
-{_how_to_run(report, winner.kind)}"""
+{_how_to_run(report, winner)}"""
 
 
-def _how_to_run(report: Report, kind: Kind) -> str:
-    form = WITH_OLLAMA if kind is Kind.OLLAMA else WITH_RUNTIME
-    version = report.host.packages.get("ollama", "unknown")
-    return form.format(install=install(report, kind), usage=usage(report, kind), version=version)
+def _how_to_run(report: Report, winner: Candidate) -> str:
+    form = WITH_OLLAMA if winner.kind is Kind.OLLAMA else WITH_RUNTIME
+    asked = (report, winner.kind, winner.recipe)
+    return form.format(
+        install=install(*asked), usage=usage(*asked), version=report.host.packages.get("ollama", "unknown")
+    )

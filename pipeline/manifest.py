@@ -29,7 +29,7 @@ SCHEMA_VERSION = "2.1"
 FILE = "optimize.json"
 REPORT = "report.json"  # in a run's folder
 RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers",
-            "gguf", "xllamacpp", "onnxruntime-genai", "openvino-genai", "openvino-tokenizers")  # fmt: skip
+            "gguf", "torchao", "xllamacpp", "onnxruntime-genai", "openvino-genai", "openvino-tokenizers")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,13 @@ GENERATING = {  # for language models
     "genai": "build-genai",
     "genai-int8": "build-genai{precision=int8}",
     "genai-int4": "build-genai{precision=int4}",
+    "torchao-int8": "quantize-torchao",
+    "torchao-int4": "cast-dtype,quantize-torchao{mode=int4}",
+    "compiled": "compile-generate",
+    "compiled-bf16": "cast-dtype,compile-generate",
+    "torchao-int8-compiled": "quantize-torchao,compile-generate{freeze=true}",
+    "torchao-int8-weights-compiled": "cast-dtype,quantize-torchao{mode=weights},compile-generate",
+    "torchao-int4-compiled": "cast-dtype,quantize-torchao{mode=int4},compile-generate",
 }
 # recipe -> the one that must have proved inaccurate before this one, which keeps more in floating point, is built
 RECOVERIES = {

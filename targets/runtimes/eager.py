@@ -17,10 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import StoppingCriteria
 
-from optimize.models.loading import load_model
+from optimize.models.loading import is_quantized, load_model
 from optimize.models.tasks import TASKS
+from optimize.passes.compile_generate import COMPILING
 from optimize.pipeline.contract import Array, Batch, Generation, Layers
 from optimize.targets.runtimes import weights_key
+from optimize.targets.runtimes.packing import pack_int4
 
 FRAMES = 3  # modules that are shown of an overflow: the one that overflows, and those before it
 
@@ -77,12 +79,17 @@ class EagerGenerator(EagerSession):
         self._cache = outputs.past_key_values
         return to_numpy(outputs.logits[:, -1])
 
+    def generation_options(self, length: int) -> dict[str, Any]:
+        """What `generate` is given besides, for sequences of at most `length` tokens."""
+        return {}
+
     def generate(self, prompts: Sequence[Array], new: int) -> Generation:
         clock = _Clock()
         ids, mask = padded(prompts)
         with torch.inference_mode():
             tokens = self.model.generate(
                 ids, attention_mask=mask, max_new_tokens=new, do_sample=False, stopping_criteria=[clock],
+                **self.generation_options(ids.shape[1] + new),
             )  # fmt: skip
         return Generation(tokens[:, ids.shape[1] :].numpy(), tuple(clock.seconds))
 
@@ -128,10 +135,16 @@ def padded(prompts: Sequence[Array]) -> tuple[torch.Tensor, torch.Tensor]:
 def open_session(path: Path, task: str, cores: int) -> EagerSession:
     torch.set_num_threads(cores)
     model = load_model(path, task)
+    if is_quantized(path):
+        pack_int4(model)
     if not TASKS[task].generates:
         return EagerSession(model)
     model.generation_config.eos_token_id = None  # a text that ends early would be timed as a fast one
     model.generation_config.pad_token_id = 0
+    if (path / COMPILING).is_file():
+        from optimize.targets.runtimes.compiled import CompiledGenerator
+
+        return CompiledGenerator(model, path)
     return EagerGenerator(model)
 
 
@@ -147,8 +160,9 @@ def layers(path: Path, task: str, batches: Sequence[Batch]) -> Layers:
         turn = sum(each.partition("#")[0] == name for each in outputs[-1])
         key = name if not turn else f"{name}#{turn + 1}"
         outputs[-1][key] = to_numpy(output)
-        weight = getattr(module, "weight", None)
-        if weight is not None and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding):
+        weight: Any = getattr(module, "weight", None)
+        plain = type(weight) is torch.nn.Parameter  # torchao's are of types of their own
+        if plain and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding):
             products[key] = weights_key(to_numpy(weight.detach()))
 
     leaves = [(name, module) for name, module in session.model.named_modules() if not list(module.children())]

@@ -36,6 +36,7 @@ class LoadedGenerator(transformers.PreTrainedModel, transformers.GenerationMixin
             else transformers.GenerationConfig.from_model_config(self.config)
         )
         self.generation_config.use_cache = False  # of transformers: the runtime has its own
+        self.generation_config.cache_implementation = None
         self._session: Any = open_session(manifest.kind, folder, checkpoint.task, manifest.report.host.target.cores)
         self._seen: torch.Tensor | None = None  # what the runtime has read, [batch, sequence]
         self._mask: torch.Tensor | None = None  # of its prompts

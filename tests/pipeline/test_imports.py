@@ -24,6 +24,7 @@ FRAMEWORKS = frozenset(
         "nncf",
         "datasets",
         "accelerate",
+        "torchao",
     )
 )
 ABOVE = {  # what a folder may not import at the top

@@ -1,0 +1,55 @@
+"""compile-generate: a checkpoint whose generation runs compiled, over a KV cache of fixed length."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from optimize.models.checkpoint import compiles_whole, read_config
+from optimize.models.loading import copy_carried
+from optimize.models.tasks import TASKS
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+
+COMPILING = "compile.json"  # what transformers.CompileConfig is made with: generation_config.json has no place for it
+
+
+@dataclass(frozen=True)
+class CompileGenerate(Pass):
+    """The same weights; each step after the prompt is compiled where it is opened, once in each process.
+
+    Dynamic shapes: one program for a single sequence, one for more, whatever their lengths. `freeze` makes constants
+    of the weights, which torch's int8 products with quantized activations need to become one operation.
+    Source: https://huggingface.co/docs/transformers/llm_optims (static KV cache and torch.compile)
+    """
+
+    name: ClassVar = "compile-generate"
+    accepts: ClassVar = Kind.CHECKPOINT
+    produces: ClassVar = Kind.CHECKPOINT
+    version: ClassVar = 1
+    tools: ClassVar = ("torch", "transformers")
+
+    freeze: bool = False
+
+    def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
+        if not TASKS[checkpoint.task].generates:
+            return f"{checkpoint.task} generates nothing: compile-aoti compiles a forward pass"
+        if shutil.which("g++") is None and shutil.which("clang++") is None:
+            return "no C++ compiler on this host: install g++ or clang++"
+        model_type = str(read_config(checkpoint.folder).get("model_type", ""))
+        if not compiles_whole(checkpoint.architecture, model_type):
+            return f"transformers has no {checkpoint.architecture} that compiles with a static cache"
+        return None
+
+    def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
+        copy_carried(source.path, out)
+        for path in source.path.glob("*.safetensors*"):
+            shutil.copyfile(path, out / path.name)
+        path = out / "generation_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        path.write_text(json.dumps(settings | {"cache_implementation": "static"}, indent=2), encoding="utf-8")
+        options = {"options": {"freezing": True}} if self.freeze else {}
+        (out / COMPILING).write_text(json.dumps({"mode": None, "dynamic": True} | options), encoding="utf-8")
+        return {}

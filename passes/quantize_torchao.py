@@ -1,0 +1,133 @@
+"""quantize-torchao: int8 or int4 weights inside a transformers checkpoint, which transformers opens with torchao."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from optimize.models.loading import copy_carried, load_model
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+
+GROUP = 32  # weights of one row that share a four-bit scale
+ROWS = 16  # torch's four-bit kernel takes output features in such blocks
+
+
+@dataclass(frozen=True)
+class QuantizeTorchao(Pass):
+    """Quantize every linear layer's weights: int8 with activations quantized per token, int8 alone, or int4 alone.
+
+    What picks the next token is quantized too with eight bits, and for that untied from the embeddings; with four it
+    stays as it is. Four-bit values are stored in bytes, since torchao's packed form for CPUs has no safetensors form
+    and fits one kind of processor: targets/runtimes/packing.py packs them where they are opened.
+    Source: https://docs.pytorch.org/ao, https://huggingface.co/docs/transformers/quantization/torchao
+    """
+
+    name: ClassVar = "quantize-torchao"
+    accepts: ClassVar = Kind.CHECKPOINT
+    produces: ClassVar = Kind.CHECKPOINT
+    version: ClassVar = 1
+    tools: ClassVar = ("torch", "torchao", "transformers", "safetensors")
+
+    mode: Literal["int8", "weights", "int4"] = "int8"
+
+    @property
+    def arithmetic(self) -> str | None:
+        return "int8" if self.mode == "int8" else None
+
+    def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
+        if self.mode == "int4" and "bfloat16" not in target.dtypes:
+            return f"torch's four-bit kernel computes in bfloat16, which {target.device} has no arithmetic for"
+        return None
+
+    def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
+        import torch
+        from torchao.quantization import quantize_
+        from transformers import TorchAoConfig
+        from transformers.quantizers.auto import AutoHfQuantizer
+
+        model = load_model(source.path, context.task)
+        if self.mode == "int4" and model.dtype != torch.bfloat16:
+            raise ValueError(
+                f"torch's four-bit kernel for CPUs is made for bfloat16, the checkpoint is {model.dtype}: "
+                "put cast-dtype before this pass"
+            )
+        head = model.get_output_embeddings()
+        if self.mode != "int4" and head is not None and model.config.tie_word_embeddings:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            model.config.tie_word_embeddings = False
+        linear = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
+        chosen = {name for name, each in linear.items() if self._takes(each, each is head)}
+        inner = [linear[name].weight.numel() for name in chosen if linear[name] is not head]
+        share = sum(inner) / sum(weight.numel() for weight in _inner(model))
+        if share < 0.5:
+            raise ValueError(f"only {share:.0%} of its layers' weights are linear ones that torchao can quantize so")
+        config = _config(self.mode)
+        if self.mode == "int4":
+            for name in chosen:
+                linear[name].weight = torch.nn.Parameter(_in_four_bits(linear[name].weight), requires_grad=False)
+        else:
+            quantize_(model, config, filter_fn=lambda _, name: name in chosen)
+        left = sorted(linear.keys() - chosen)
+        model.config.quantization_config = TorchAoConfig(config, modules_to_not_convert=left)
+        model.hf_quantizer = AutoHfQuantizer.from_config(model.config.quantization_config)
+        copy_carried(source.path, out)
+        model.save_pretrained(out)
+        return {"quantized": len(chosen), "eligible": len(linear), "left": left, "share_of_layers": round(share, 3)}
+
+    def _takes(self, layer: Any, is_head: bool) -> bool:
+        rows, columns = layer.weight.shape
+        return self.mode != "int4" or (not is_head and columns % GROUP == 0 and rows % ROWS == 0)
+
+    def ensures(self, out: Path) -> None:
+        from safetensors import safe_open
+
+        for path in out.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as weights:
+                if any(name.endswith("._weight_qdata") for name in weights.keys()):  # noqa: SIM118 (it is no dict)
+                    return
+        raise ValueError("no quantized weights were written")
+
+
+def _config(mode: str) -> Any:
+    import torch
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        MappingType,
+        PerGroup,
+    )
+
+    if mode == "int4":
+        return IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP), MappingType.ASYMMETRIC)
+    # inductor's options are the compiler's business: compile-generate
+    config = Int8DynamicActivationInt8WeightConfig if mode == "int8" else Int8WeightOnlyConfig
+    return config(set_inductor_config=False)
+
+
+def _in_four_bits(weight: Any) -> Any:
+    """Evenly between the least and the most of each group. torchao's own choice rounds the zero point to a whole
+    number, and computes in bfloat16.
+    """
+    import torch
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    groups = weight.detach().float().unflatten(1, (-1, GROUP))
+    low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)  # with 0 in it, zero points are small
+    scale = ((high - low) / 15).clamp(min=1e-8).bfloat16()
+    zero = (-8 - low / scale.float()).bfloat16()
+    data = (groups / scale.float()[..., None] + zero.float()[..., None]).round().clamp(-8, 7).to(torch.int8)
+    return IntxUnpackedToInt8Tensor(
+        data.flatten(1), scale, zero, torch.int4, (1, GROUP), weight.dtype, activation_quantization=None
+    )
+
+
+def _inner(model: Any) -> list[Any]:
+    """The layers' matrices: all but those that look up tokens and pick the next one."""
+    import torch
+
+    outer = {id(each.weight) for each in model.modules() if isinstance(each, torch.nn.Embedding)}
+    head = model.get_output_embeddings()
+    outer |= {id(head.weight)} if head is not None else set()
+    return [weight for weight in model.parameters() if weight.dim() > 1 and id(weight) not in outer]

@@ -1,0 +1,174 @@
+"""quantize-torchao and compile-generate: near the eager model, and opened by transformers without this package."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from optimize.models.checkpoint import resolve
+from optimize.passes.cast_dtype import CastDtype
+from optimize.passes.compile_generate import CompileGenerate
+from optimize.passes.quantize_torchao import QuantizeTorchao
+from optimize.pipeline.contract import Artifact, Context, Kind, Pass
+from optimize.targets.cpu import probe
+from optimize.targets.runtimes import eager
+from optimize.targets.runtimes.compiled import CompiledGenerator
+from optimize.targets.runtimes.generating import generate
+from tests.conftest import MakeCheckpoint
+
+TASK = "text-generation"
+TOKENS = np.random.default_rng(0).integers(5, 500, 48)
+PROMPTS = [TOKENS[:5], TOKENS[5:22]]
+NEW = 6
+PLAIN = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+found = {}
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    ids = torch.tensor([[0] * 12 + TOKENS[:5], TOKENS[5:22]])
+    written = model.generate(ids, attention_mask=(torch.arange(17) >= torch.tensor([[12], [0]])).long(),
+                             max_new_tokens=NEW, do_sample=False)
+    with torch.inference_mode():
+        logits = model(torch.tensor([TOKENS])).logits[0].float()
+    found[folder] = {"tokens": written[:, 17:].tolist(), "logits": logits.tolist()}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(make_language_model: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny checkpoint, and what each pass makes of it, by name."""
+    base = tmp_path_factory.mktemp("torch")
+    # one layer, since it is compiled
+    found = {"eager": make_language_model("LlamaForCausalLM", num_hidden_layers=1, tie_word_embeddings=True)}
+
+    def run(step: Pass, source: str, name: str) -> None:
+        found[name] = base / name
+        found[name].mkdir()
+        step.run(Artifact(Kind.CHECKPOINT, found[source], "", ""), Context(TASK, probe()), found[name])
+        step.ensures(found[name])
+
+    run(CastDtype(), "eager", "bf16")
+    run(QuantizeTorchao(), "eager", "int8")
+    run(QuantizeTorchao(mode="weights"), "bf16", "weights")
+    run(QuantizeTorchao(mode="int4"), "bf16", "int4")
+    run(CompileGenerate(), "eager", "compiled")
+    run(CompileGenerate(freeze=True), "int8", "int8-compiled")
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(folders: dict[str, Path]) -> dict[str, dict[str, np.ndarray]]:
+    """Tokens and logits of every folder in a process that knows transformers alone."""
+    code = PLAIN.replace("TOKENS", str(TOKENS.tolist())).replace("NEW", str(NEW))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, folders.values())],
+        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {
+        name: {key: np.array(value) for key, value in found[str(folder)].items()} for name, folder in folders.items()
+    }
+
+
+def divergence(found: np.ndarray, expected: np.ndarray) -> float:
+    """KL in nats, on average over the positions of [tokens, vocabulary]."""
+    theirs, ours = (torch.log_softmax(torch.from_numpy(np.asarray(each)), dim=-1) for each in (expected, found))
+    return float((theirs.exp() * (theirs - ours)).sum(dim=-1).mean())
+
+
+@pytest.mark.parametrize(("name", "most"), [("bf16", 1e-3), ("int8", 5e-3), ("weights", 5e-3), ("int4", 0.1)])
+def test_quantized_weights_stay_near_and_open_as_they_are(
+    name: str, most: float, folders: dict[str, Path], plain: dict[str, dict[str, np.ndarray]]
+) -> None:
+    session = eager.open_session(folders[name], TASK, 2)
+    assert isinstance(session, eager.EagerGenerator)
+    logits = session.logits(TOKENS, len(TOKENS))
+    assert np.abs(plain["eager"]["logits"]).max() > 1, "a model whose logits are all alike would test nothing"
+    assert divergence(logits, plain["eager"]["logits"]) < most
+    # but for int4, whose fast kernel sums in another order, it is the very same computation
+    assert divergence(logits, plain[name]["logits"]) < (1e-3 if name == "int4" else 1e-6)
+    if name != "int4":
+        assert (generate(session, PROMPTS, NEW).tokens == plain[name]["tokens"]).all()
+
+
+def test_weights_are_quantized_when_opened(folders: dict[str, Path]) -> None:
+    def parameters(name: str) -> dict[str, str]:
+        model = eager.open_session(folders[name], TASK, 2).model
+        return {key: type(weight).__name__ for key, weight in model.named_parameters() if weight.dim() == 2}
+
+    int8, int4 = parameters("int8"), parameters("int4")
+    assert {key for key, kind in int8.items() if kind != "Int8Tensor"} == {"model.embed_tokens.weight"}
+    assert {key for key, kind in int4.items() if kind != "Int4OpaqueTensor"} == {"model.embed_tokens.weight"}  # tied
+
+
+def test_a_compiled_step_gives_the_eager_tokens(
+    folders: dict[str, Path], plain: dict[str, dict[str, np.ndarray]]
+) -> None:
+    session = eager.open_session(folders["compiled"], TASK, 2)
+    assert isinstance(session, CompiledGenerator)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    tokens = generate(session, PROMPTS, NEW).tokens
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1, "nothing was compiled"
+    assert (tokens == plain["eager"]["tokens"]).all()
+
+
+def test_plain_transformers_uses_the_static_cache(
+    folders: dict[str, Path], plain: dict[str, dict[str, np.ndarray]]
+) -> None:
+    assert (plain["compiled"]["tokens"] == plain["eager"]["tokens"]).all()
+    assert (plain["int8-compiled"]["tokens"] == plain["int8"]["tokens"]).all()
+    settings = json.loads((folders["compiled"] / "generation_config.json").read_text())
+    assert settings["cache_implementation"] == "static"
+
+
+def test_steps_over_a_static_cache_are_the_eager_steps(folders: dict[str, Path]) -> None:
+    ours, theirs = (eager.open_session(folders[name], TASK, 2) for name in ("compiled", "eager"))
+    assert isinstance(ours, eager.EagerGenerator) and isinstance(theirs, eager.EagerGenerator)
+    with torch.compiler.set_stance("force_eager"):  # the compiler has its own test
+        found, expected = ours.prefill(PROMPTS, NEW), theirs.prefill(PROMPTS, NEW)
+        for _ in range(NEW):
+            assert np.abs(found - expected).max() < 1e-4
+            tokens = expected.argmax(axis=-1)
+            found, expected = ours.step(tokens), theirs.step(tokens)
+    assert np.abs(found - expected).max() < 1e-4
+
+
+def test_what_cannot_run_is_refused_in_the_plan(
+    folders: dict[str, Path], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, target = resolve(str(folders["eager"])), probe()
+    assert CompileGenerate().requires(checkpoint, target) is None
+    assert "generates nothing" in str(CompileGenerate().requires(resolve(str(tiny)), target))
+    config = json.loads((folders["eager"] / "config.json").read_text())
+    neo = shutil.copytree(folders["eager"], tmp_path / "neo")
+    (neo / "config.json").write_text(
+        json.dumps(config | {"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo"})
+    )
+    assert "no GPTNeoForCausalLM that compiles" in str(CompileGenerate().requires(resolve(str(neo)), target))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "no C++ compiler" in str(CompileGenerate().requires(checkpoint, target))
+
+
+def test_four_bits_want_bfloat16(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = Artifact(Kind.CHECKPOINT, folders["eager"], "", "")
+    with pytest.raises(ValueError, match="put cast-dtype before"):
+        QuantizeTorchao(mode="int4").run(source, Context(TASK, probe()), tmp_path)
+
+
+def test_layers_that_torchao_cannot_take_are_not_passed_over(
+    make_language_model: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source = Artifact(Kind.CHECKPOINT, make_language_model("GPT2LMHeadModel"), "", "")  # its products are no nn.Linear
+    with pytest.raises(ValueError, match="of its layers' weights are linear"):
+        QuantizeTorchao().run(source, Context(TASK, probe()), tmp_path)
