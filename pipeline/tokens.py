@@ -27,7 +27,7 @@ LOGPROBS, ENDS = "logprobs", "ends"  # what else is known of a continuation: see
 
 @dataclass(frozen=True)
 class TokenAccuracy:
-    """What was found. `drop` is the mean regret as a rise of perplexity, which it can only be smaller than."""
+    """What was found. `drop` is the mean regret as if it were a rise of perplexity."""
 
     drop: Interval
     worst_drop: float  # of one prompt
