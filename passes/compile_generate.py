@@ -44,11 +44,16 @@ class CompileGenerate(Pass):
         return None
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
+        from transformers import AutoConfig, GenerationConfig
+
         copy_carried(source.path, out)
         for path in source.path.glob("*.safetensors*"):
             shutil.copyfile(path, out / path.name)
         path = out / "generation_config.json"
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not path.is_file():  # what transformers takes then: a file of ours alone would lose what ends a text
+            config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
+            GenerationConfig.from_model_config(config).save_pretrained(out)
+        settings = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps(settings | {"cache_implementation": "static"}, indent=2), encoding="utf-8")
         options = {"options": {"freezing": True}} if self.freeze else {}
         (out / COMPILING).write_text(json.dumps({"mode": None, "dynamic": True} | options), encoding="utf-8")
