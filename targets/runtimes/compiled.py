@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx.experimental import _config as shapes
 from transformers import CompileConfig, StaticCache
 
 from optimize.passes.compile_generate import COMPILING
-from optimize.pipeline.contract import Array
+from optimize.pipeline.contract import Array, Generation
 from optimize.targets.runtimes.eager import EagerGenerator, padded, to_numpy
 
 
 class CompiledGenerator(EagerGenerator):
     """Whole texts are scored as they are in an eager model; prompts too run uncompiled, as in transformers' `generate`.
 
-    The cache is as long as each call needs, which costs no compilation: its length is dynamic.
+    The cache is as long as each call needs, which costs no compilation: its length is dynamic, and stays so where it
+    happens to be that of a head, which torch would take for the same number for ever (duck shapes).
     """
 
     def __init__(self, model: Any, path: Path) -> None:
@@ -30,6 +32,10 @@ class CompiledGenerator(EagerGenerator):
     def generation_options(self, length: int) -> dict[str, Any]:
         return {"past_key_values": self._new_cache(length), "compile_config": self._config}
 
+    def generate(self, prompts: Sequence[Array], new: int) -> Generation:
+        with shapes.patch(use_duck_shape=False):
+            return super().generate(prompts, new)
+
     def prefill(self, prompts: Sequence[Array], room: int) -> Array:
         ids, mask = padded(prompts)
         self._lengths = mask.sum(dim=1, keepdim=True)
@@ -40,7 +46,8 @@ class CompiledGenerator(EagerGenerator):
     def step(self, tokens: Array) -> Array:
         self._lengths = self._lengths + 1
         compiled = self.model.get_compiled_call(self._config)
-        return self._call(compiled, torch.from_numpy(tokens)[:, None], self._lengths - 1)
+        with shapes.patch(use_duck_shape=False):
+            return self._call(compiled, torch.from_numpy(tokens)[:, None], self._lengths - 1)
 
     def _call(self, model: Any, ids: torch.Tensor, positions: torch.Tensor) -> Array:
         with torch.inference_mode():
