@@ -252,6 +252,7 @@ class Worker:
                 if problems := _wrong(logits, len(scored)):
                     return {"problems": problems, "repeat_error": 0.0}
                 scores.append(score(logits, scored, ids))
+                del logits  # before there are the next
             likelihoods = np.array([-each[LOSS].sum(dtype=np.float64) for each in scores])
             found.append({LIKELIHOODS: likelihoods} if CHARACTERS in batch else scores[0])
         save_batches(Path(out), found)
@@ -296,8 +297,9 @@ class Worker:
         session, scores = self._session, self.gives_logits()
         found: list[dict[str, Any]] = []
         calls = [call_of(session, batch) for batch in load_batches(Path(prompts))]
-        for call in calls:
-            made = call.run() if scores else call.tell()
+        # all of them first: some runtimes have one model to generate and another to score, and hold one at a time
+        written = [call.run() if scores else call.tell() for call in calls]
+        for call, made in zip(calls, written, strict=True):
             expected = (len(call.prompts), int(call.batch[NEW]))
             if made.tokens.shape != expected:
                 return {"problems": [f"tokens of {made.tokens.shape} for {expected}"], "repeat_error": 0.0}
