@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from optimize.models.loading import cast_checkpoint
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.memory import FRAMEWORKS
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class CastDtype(Pass):
         if self.dtype not in target.dtypes:
             return f"{target.device} has no {self.dtype} arithmetic"
         return None
+
+    def memory(self, checkpoint: Checkpoint) -> int:
+        return FRAMEWORKS  # whatever the size: see cast_weights
+
+    def weight_bytes(self, checkpoint: Checkpoint) -> int:
+        return checkpoint.parameters * (4 if self.dtype == "float32" else 2)
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         cast, weights = cast_checkpoint(source.path, out, self.dtype, context.task)

@@ -15,11 +15,16 @@ from optimize.passes import _ggml, _gguf_tokenizer
 from optimize.passes._gguf_families import FAMILIES, Family, rope, why_not
 from optimize.passes._modelfile import modelfile
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.memory import FRAMEWORKS
 
 MODEL = "model.gguf"
 PIECE = 1 << 22  # weights that are converted at a time
 SKIPPED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints carry
 EXACT = ("token_types", "position_embd", "ffn_gate_inp")  # small, or decisive: never quantized
+
+# bytes of a weight, most of them being matrices; with what is kept wider
+WIDTHS = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 1.0625, "q4_0": 0.7, "q4_1": 0.75, "q4_k_m": 0.7, "q5_k_m": 0.8,
+          "q6_k": 0.85}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,16 @@ class ConvertGguf(Pass):
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         config = read_config(checkpoint.folder)
         return why_not(checkpoint.architecture, config) or _gguf_tokenizer.why_not(checkpoint.folder)
+
+    def memory(self, checkpoint: Checkpoint) -> int:
+        # one tensor as it is stored and as it is written; experts of one layer are one tensor there
+        config = read_config(checkpoint.folder)
+        experts = config.get("num_experts") or config.get("num_local_experts")
+        stored = checkpoint.weight_bytes / checkpoint.parameters
+        return FRAMEWORKS + int((stored + WIDTHS[self.type]) * checkpoint.largest * (experts or 1))
+
+    def weight_bytes(self, checkpoint: Checkpoint) -> int:
+        return int(WIDTHS[self.type] * checkpoint.parameters)
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         import gguf
