@@ -13,7 +13,7 @@ from typing import Any
 
 from optimize.models.weights import DTYPES, INDEX, SINGLE, inspect_weights
 
-PIECE = 1 << 22  # elements that are cast at a time
+PIECE = 1 << 20  # elements that are cast at a time
 FLOATS = ("F64", "F32", "F16", "BF16")  # narrower ones have scales beside them
 NAMES = {torch: name for name, (_, torch) in DTYPES.items()}
 
@@ -66,8 +66,10 @@ def _cast_tensor(file: Any, result: Any, size: int, old: str, new: str) -> None:
     import torch
 
     while size > 0:
-        data = bytearray(file.read(min(PIECE * _bits(old) // 8, size)))
+        data = bytearray(min(PIECE * _bits(old) // 8, size))
         size -= len(data)
+        if file.readinto(data) != len(data):
+            raise OSError(f"{file.name} became shorter while it was read")
         if old != new:
             values = torch.frombuffer(data, dtype=getattr(torch, DTYPES[old][1])).to(getattr(torch, DTYPES[new][1]))
             result.write(values.view(torch.uint8).numpy().data)

@@ -18,7 +18,7 @@ from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
 from optimize.pipeline.memory import FRAMEWORKS
 
 MODEL = "model.gguf"
-PIECE = 1 << 22  # weights that are converted at a time
+PIECE = 1 << 20  # weights that are converted at a time
 SKIPPED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints carry
 EXACT = ("token_types", "position_embd", "ffn_gate_inp")  # small, or decisive: never quantized
 
