@@ -12,9 +12,9 @@ from typing import Any
 from optimize.models.hub import fetch
 from optimize.models.tasks import TASKS, infer_task, read_json
 from optimize.models.weights import Weights, check_home, inspect_weights
-from optimize.pipeline.contract import Checkpoint
+from optimize.pipeline.contract import Checkpoint, Dimensions
 from optimize.pipeline.errors import CheckpointError
-from optimize.pipeline.plan import needed_memory
+from optimize.pipeline.memory import DRIVER, GIB, gib, reference_memory
 from optimize.pipeline.store import sha256_of
 
 MAX_MODEL_LENGTH = 1024
@@ -69,6 +69,8 @@ def resolve(model: str, task: str | None = None, *, memory: int | None = None) -
         weight_bytes=weights.bytes,
         max_length=max_length(folder, config),
         files={name: sha256_of(folder / name) for name in (*weights.files, *carried_files(folder))},
+        largest=weights.largest,
+        dimensions=dimensions(config),
     )
 
 
@@ -136,14 +138,33 @@ def carried_files(folder: Path) -> tuple[str, ...]:
 
 
 def check_fits(weights: Weights, memory: int | None) -> None:
-    """Refuse what cannot be built here. Raises CheckpointError with what it would need."""
-    needed = needed_memory(weights.parameters)
+    """Refuse what no recipe can save: everything is judged by the float32 reference, which must run here.
+
+    Raises CheckpointError with what it would need.
+    """
+    needed = DRIVER + reference_memory(weights.parameters)
     if memory is not None and needed > memory:
         raise CheckpointError(
-            f"the checkpoint has {weights.parameters / 1e9:.1f} billion parameters: its float32 reference and its "
-            f"builds need about {needed / 2**30:.0f} GiB of memory, this host has {memory / 2**30:.0f} GiB",
+            f"the checkpoint has {weights.parameters / 1e9:.1f} billion parameters: its float32 reference needs about "
+            f"{gib(needed)} GiB of memory, this host has {memory / GIB:.1f}",
             hint="run on a host with more memory, or give a smaller checkpoint",
         )
+
+
+def dimensions(config: Mapping[str, Any]) -> Dimensions:
+    """From config.json, by the names that most architectures have for them; 0 for what is not there."""
+
+    def size(*names: str) -> int:
+        found = (config.get(name) for name in names)
+        return next((value for value in found if isinstance(value, int)), 0)
+
+    hidden, layers = size("hidden_size", "n_embd", "d_model", "dim"), size("num_hidden_layers", "n_layer", "n_layers")
+    heads = size("num_attention_heads", "n_head", "n_heads")
+    width = size("head_dim") or (hidden // heads if heads else 0)
+    return Dimensions(
+        hidden, size("intermediate_size", "n_inner", "hidden_dim", "ffn_dim") or 4 * hidden, layers,
+        size("vocab_size"), 2 * layers * width * (size("num_key_value_heads") or heads),
+    )  # fmt: skip
 
 
 def _architecture(folder: Path, config: Mapping[str, Any]) -> str:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from optimize.models.casting import cast_weights
 from optimize.models.tasks import TASKS
 from optimize.models.weights import inspect_weights
 from optimize.pipeline.errors import CheckpointError
@@ -16,13 +21,22 @@ def load_model(folder: Path, task: str, dtype: str | None = None) -> Any:
 
     safetensors only, no remote code, no network. Raises CheckpointError when the checkpoint lacks weights that the
     task needs: transformers would fill them with random numbers and go on. A pooler that was never trained is left out.
+
+    Weights are mapped into memory, not read: they count as resident where they are used, and the kernel may drop them.
+    So weights of another dtype are cast into a temporary file first, which then is mapped in their place.
     """
     import torch
     import transformers
 
+    stored = inspect_weights(folder).dtype
+    if dtype not in (None, stored):
+        # a mapped file is there for as long as its mapping, whatever becomes of its name
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+            cast_checkpoint(folder, Path(scratch), str(dtype), task)
+            return load_model(Path(scratch), task)
     auto_class = getattr(transformers, TASKS[task].auto_class)
     options: dict[str, Any] = {
-        "dtype": "auto" if is_quantized(folder) else getattr(torch, dtype or inspect_weights(folder).dtype),
+        "dtype": "auto" if is_quantized(folder) else getattr(torch, stored),
         "local_files_only": True,
         "trust_remote_code": False,
         "use_safetensors": True,
@@ -74,6 +88,45 @@ def dynamic_shapes(folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
     batch = torch.export.Dim("batch", min=1, max=4096)
     sequence = torch.export.Dim("sequence", min=1, max=max_length(folder, read_config(folder)))
     return {name: {0: batch, 1: sequence} for name in inputs}
+
+
+def cast_checkpoint(folder: Path, out: Path, dtype: str, task: str) -> tuple[int, int]:
+    """Write a checkpoint into the empty folder `out` with its floating-point weights in `dtype`.
+
+    What transformers computes in float32 whatever it is asked for stays as it is. Returns how many tensors are in that
+    type then, and of how many.
+    """
+    copy_carried(folder, out)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    (out / "config.json").write_text(json.dumps({"dtype": dtype} | _with_dtype(config, dtype), indent=2))
+    return cast_weights(folder, out, dtype, _stays_float32(folder, dtype, task))
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """`from_pretrained` goes by the config where nobody names a dtype; transformers 4 called it torch_dtype."""
+    changed = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    return changed | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+
+
+def _stays_float32(folder: Path, dtype: str, task: str) -> Callable[[str], bool]:
+    """Whether transformers computes with a weight in float32, by its name: asked of a model without weights."""
+    if dtype == "float32":
+        return lambda name: False
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = getattr(transformers, TASKS[task].auto_class).from_config(config, dtype=getattr(torch, dtype))
+    parts = {*(model._keep_in_fp32_modules_strict or ())}
+    if dtype == "float16":
+        parts |= {*(model._keep_in_fp32_modules or ())}
+    patterns = [re.compile(part.replace("*", ".*")) for part in parts]  # as from_pretrained takes them
+    wide = {name for name, value in model.state_dict().items() if value.dtype is torch.float32}
+    return lambda name: (
+        any(pattern.search(name) for pattern in patterns)
+        or any(f".{name}".endswith(f".{each}") or f".{each}".endswith(f".{name}") for each in wide)
+    )
 
 
 def copy_carried(folder: Path, out: Path) -> None:

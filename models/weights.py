@@ -51,6 +51,7 @@ class Weights:
     parameters: int  # number of tensor elements
     bytes: int  # tensor bytes as stored
     dtype: str  # the torch dtype that holds most elements: "float32", "bfloat16", ...
+    largest: int = 0  # elements of the largest tensor
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def inspect_weights(folder: Path) -> Weights:
         parameters=sum(elements.values()),
         bytes=sum(tensor.end - tensor.begin for tensor in tensors),
         dtype=max(elements, key=lambda dtype: (elements[dtype], dtype)),  # a tie is decided by name, to be stable
+        largest=max(tensor.elements for tensor in tensors),
     )
 
 

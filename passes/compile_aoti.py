@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.memory import FRAMEWORKS, MIB
+
+COMPILERS = 500 * MIB  # processes that it starts
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class CompileAoti(Pass):
         if shutil.which("g++") is None and shutil.which("clang++") is None:
             return "no C++ compiler on this host: install g++ or clang++"
         return None
+
+    def memory(self, checkpoint: Checkpoint) -> int:
+        # the weights mapped, as the package's constants and in its archive; and compilers beside it
+        return FRAMEWORKS + COMPILERS + 4 * checkpoint.weight_bytes
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         import torch

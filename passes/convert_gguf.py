@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,10 +15,16 @@ from optimize.passes import _ggml, _gguf_tokenizer
 from optimize.passes._gguf_families import FAMILIES, Family, rope, why_not
 from optimize.passes._modelfile import modelfile
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.memory import FRAMEWORKS
 
 MODEL = "model.gguf"
+PIECE = 1 << 20  # weights that are converted at a time
 SKIPPED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints carry
 EXACT = ("token_types", "position_embd", "ffn_gate_inp")  # small, or decisive: never quantized
+
+# bytes of a weight, most of them being matrices; with what is kept wider
+WIDTHS = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 1.0625, "q4_0": 0.7, "q4_1": 0.75, "q4_k_m": 0.7, "q5_k_m": 0.8,
+          "q6_k": 0.85}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Planned:
 
     name: str
     shape: tuple[int, ...]
-    read: Callable[[], Any]  # float32
+    read: Callable[[], Iterable[Any]]  # float32, a piece of rows after the other
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,16 @@ class ConvertGguf(Pass):
         config = read_config(checkpoint.folder)
         return why_not(checkpoint.architecture, config) or _gguf_tokenizer.why_not(checkpoint.folder)
 
+    def memory(self, checkpoint: Checkpoint) -> int:
+        # one tensor as it is stored and as it is written; experts of one layer are one tensor there
+        config = read_config(checkpoint.folder)
+        experts = config.get("num_experts") or config.get("num_local_experts")
+        stored = checkpoint.weight_bytes / checkpoint.parameters
+        return FRAMEWORKS + int((stored + WIDTHS[self.type]) * checkpoint.largest * (experts or 1))
+
+    def weight_bytes(self, checkpoint: Checkpoint) -> int:
+        return int(WIDTHS[self.type] * checkpoint.parameters)
+
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         import gguf
         import numpy as np
@@ -76,10 +93,7 @@ class ConvertGguf(Pass):
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tensors:
-            kind = types[tensor.name]
-            write = _ggml.quantize if kind.name in _ggml.NARROWER else gguf.quants.quantize
-            array = write(np.ascontiguousarray(tensor.read()), kind)
-            writer.write_tensor_data(array.view(np.uint8))
+            writer.write_tensor_data(_quantized(tensor, types[tensor.name]))
         writer.close()
         text, remark = modelfile(source.path, MODEL)
         (out / "Modelfile").write_text(text, encoding="utf-8")
@@ -110,6 +124,21 @@ class ConvertGguf(Pass):
         reader = gguf.GGUFReader(out / MODEL)
         if not reader.tensors or "tokenizer.ggml.tokens" not in reader.fields:
             raise ValueError(f"{MODEL} lacks tensors or a tokenizer")
+
+
+def _quantized(tensor: Planned, kind: Any) -> Any:
+    """All bytes of a tensor, uint8 of [bytes]."""
+    import gguf
+    import numpy as np
+
+    quantize = _ggml.quantize if kind.name in _ggml.NARROWER else gguf.quants.quantize
+    found, end = np.empty(math.prod(gguf.quants.quant_shape_to_byte_shape(tensor.shape, kind)), dtype=np.uint8), 0
+    for piece in tensor.read():
+        part = quantize(np.ascontiguousarray(piece), kind).view(np.uint8).reshape(-1)
+        begin, end = end, end + part.size
+        found[begin:end] = part
+    assert end == found.size, f"{tensor.name}: {end} of {found.size} bytes"
+    return found
 
 
 def _more_bits(name: str, layers: int) -> bool:
@@ -196,10 +225,11 @@ def _tensors(folder: Path, config: dict[str, Any], family: Family) -> Iterator[P
             raise ValueError(f"GGUF has no name for {key} in the architecture {family.name}")
         parts.sort(key=lambda part: _expert(part)[1] or 0)
         yield Planned(name, (len(parts), *stored[parts[0]][1]),
-                      lambda parts=parts: _stack(stored, parts, config, family))  # type: ignore[misc]  # fmt: skip
+                      lambda parts=parts: chain.from_iterable(
+                          _read(stored[part][0], part, config, family) for part in parts))  # type: ignore[misc]  # fmt: skip
     if rope(config)["rope_type"] == "llama3":
         frequencies = _llama3_factors(config)
-        yield Planned("rope_freqs.weight", frequencies.shape, lambda: frequencies)
+        yield Planned("rope_freqs.weight", frequencies.shape, lambda: [frequencies])
 
 
 def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
@@ -214,28 +244,31 @@ def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     return found
 
 
-def _read(path: Path, key: str, config: dict[str, Any], family: Family) -> Any:
+def _read(path: Path, key: str, config: dict[str, Any], family: Family) -> Iterator[Any]:
+    """One weight in float32, some rows at a time; rows of rotated attention, which change places, all at once."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        array = file.get_tensor(key).float().numpy()
-    if key.endswith(family.conv1d or ("\0",)):
-        return array.T
-    if family.norm_offset and key.endswith("norm.weight"):
-        return array + family.norm_offset
-    if family.paired_rope and key.endswith(("q_proj.weight", "k_proj.weight")):
-        heads = config["num_attention_heads"]
-        if key.endswith("k_proj.weight"):
-            heads = config.get("num_key_value_heads") or heads
-        rows, columns = array.shape
-        return array.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-    return array
-
-
-def _stack(stored: dict[str, Any], keys: Sequence[str], config: dict[str, Any], family: Family) -> Any:
-    import numpy as np
-
-    return np.stack([_read(stored[key][0], key, config, family) for key in keys])
+        weights = file.get_slice(key)
+        shape = weights.get_shape()
+        if len(shape) == 1:
+            offset = family.norm_offset if key.endswith("norm.weight") else 0.0
+            yield weights[:].float().numpy() + offset
+        elif family.paired_rope and key.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = config["num_attention_heads"]
+            if key.endswith("k_proj.weight"):
+                heads = config.get("num_key_value_heads") or heads
+            rows, columns = shape
+            parts = weights[:].float().numpy().reshape(heads, 2, rows // heads // 2, columns)
+            yield parts.swapaxes(1, 2).reshape(rows, columns)
+        elif key.endswith(family.conv1d or ("\0",)):
+            step = max(1, PIECE // shape[0])
+            for begin in range(0, shape[1], step):
+                yield weights[:, begin : begin + step].float().numpy().T
+        else:
+            step = max(1, PIECE // math.prod(shape[1:]))
+            for begin in range(0, shape[0], step):
+                yield weights[begin : begin + step].float().numpy()
 
 
 def _expert(key: str) -> tuple[str, int | None, str]:

@@ -11,11 +11,14 @@ from typing import Any, ClassVar
 from optimize.models.encoding import load_tokenizer
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
 from optimize.models.tasks import TASKS
-from optimize.pipeline.contract import Artifact, Context, Kind, Pass
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
+from optimize.pipeline.memory import FRAMEWORKS, MIB
 
 IR = "openvino_model.xml"
 TOKENIZERS = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")
 RUNTIME_OPTIONS = "runtime.json"  # properties that the runtime compiles the model with; OpenVINO has no place for them
+
+LAYER = 8 * MIB  # of a traced layer's operations
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,13 @@ class ConvertOpenvino(Pass):
     @property
     def arithmetic(self) -> str | None:
         return "float32"
+
+    def memory(self, checkpoint: Checkpoint) -> int:
+        # the weights mapped: the traced program, the graph and the file that is written share them
+        return FRAMEWORKS + int(4.2 * checkpoint.parameters) + LAYER * checkpoint.dimensions.layers
+
+    def weight_bytes(self, checkpoint: Checkpoint) -> int:
+        return 4 * checkpoint.parameters
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         import openvino

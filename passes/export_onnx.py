@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
-from optimize.pipeline.contract import Artifact, Context, Kind, Pass
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
+from optimize.pipeline.memory import FRAMEWORKS
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class ExportOnnx(Pass):
     @property
     def arithmetic(self) -> str | None:
         return "float32"
+
+    def memory(self, checkpoint: Checkpoint) -> int:
+        return FRAMEWORKS + 2 * 4 * checkpoint.parameters
+
+    def weight_bytes(self, checkpoint: Checkpoint) -> int:
+        return 4 * checkpoint.parameters
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         from transformers.exporters.configs import OnnxConfig

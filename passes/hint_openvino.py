@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from optimize.passes.convert_openvino import IR, carry_tokenizers, write_runtime_options
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.memory import FRAMEWORKS
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class HintOpenvino(Pass):
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         dtype = self.arithmetic
         return None if dtype in target.dtypes else f"{target.device} has no {dtype} arithmetic"
+
+    def memory(self, checkpoint: Checkpoint) -> int:
+        return FRAMEWORKS + int(1.1 * checkpoint.weight_bytes)  # mapped, and written constant by constant
+
+    def weight_bytes(self, checkpoint: Checkpoint) -> int:
+        return min(checkpoint.weight_bytes, 2 * checkpoint.parameters)
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         import openvino

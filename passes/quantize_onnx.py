@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from optimize.passes._sensitivity import SAMPLES, check_options, noisiest
 from optimize.pipeline.batches import Encoded, load_batches
-from optimize.pipeline.contract import Artifact, Context, Kind, Pass
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
+from optimize.pipeline.memory import FRAMEWORKS
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ class QuantizeOnnx(Pass):
     @property
     def arithmetic(self) -> str | None:
         return "int8"
+
+    def memory(self, checkpoint: Checkpoint) -> int:
+        return FRAMEWORKS + 4 * 4 * checkpoint.parameters
+
+    def weight_bytes(self, checkpoint: Checkpoint) -> int:
+        sizes = checkpoint.dimensions
+        looked_up = 3 * sizes.vocabulary * sizes.hidden if self.mode == "static" else 0  # embeddings, which stay floats
+        return checkpoint.parameters + looked_up
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         from onnxruntime.quantization import (

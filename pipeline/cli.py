@@ -50,6 +50,7 @@ def main_group() -> None:
 @click.option(
     "--objective", default="latency", show_default=True, help="Emit the best at: latency, throughput, memory, size."
 )
+@click.option("--memory", metavar="SIZE", help="What may be used, such as 6GiB. [default: what the host has]")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report here too.")
 @click.option(

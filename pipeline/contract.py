@@ -72,6 +72,17 @@ class Labelling:
 
 
 @dataclass(frozen=True)
+class Dimensions:
+    """Sizes of a model that say how much memory running it takes beside its weights; 0 where a config has none."""
+
+    hidden: int = 0
+    intermediate: int = 0
+    layers: int = 0
+    vocabulary: int = 0
+    cache: int = 0  # numbers that the KV cache keeps of one token, over all layers
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model id or local folder, resolved to a pinned revision and a list of files with digests."""
 
@@ -85,6 +96,8 @@ class Checkpoint:
     weight_bytes: int
     max_length: int  # the longest sequence that it takes, in tokens
     files: Mapping[str, str]  # relative path -> sha256, of every file that may enter an artifact
+    largest: int = 0  # elements of its largest tensor
+    dimensions: Dimensions = Dimensions()
 
     @property
     def name(self) -> str:
@@ -154,6 +167,17 @@ class Pass(ABC):
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         """Why it cannot run for this checkpoint here, or None. Cheap: it imports no framework."""
         return None
+
+    def memory(self, checkpoint: Checkpoint) -> int:
+        """Bytes that its process has resident at most, frameworks included. Cheap, as `requires`.
+
+        The checkpoint's dtype and weight_bytes are those of what the pass reads, not of what the recipe began with.
+        """
+        return (1 << 30) + 3 * 4 * checkpoint.parameters
+
+    def weight_bytes(self, checkpoint: Checkpoint) -> int:
+        """Bytes of the weights in what it makes, about: those of what it reads, unless a pass says otherwise."""
+        return checkpoint.weight_bytes
 
     @abstractmethod
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:

@@ -48,7 +48,11 @@ def findings(cache: Path) -> list[Finding]:
     rows = [
         Finding("python", sys.version.split()[0], sys.executable),
         Finding("processor", target.device, f"{target.cores} cores; {', '.join(target.features)}"),
-        Finding("memory", f"{target.memory / 2**30:.0f} GiB", "a checkpoint needs about 12 bytes a parameter to build"),
+        Finding(
+            "memory",
+            f"{target.memory / 2**30:.0f} GiB",
+            "the float32 reference of a checkpoint needs 4 bytes a parameter and 1 GiB",
+        ),
         Finding("C++ compiler", compiler or "none", "compile-aoti needs one", good=compiler is not None),
         Finding("ollama", ollama_version() or "none", "for create-ollama; without it a GGUF is emitted for llama.cpp"),
         Finding("cache", f"{free / 2**30:.0f} GiB free", str(cache), good=free > 2 << 30),

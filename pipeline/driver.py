@@ -19,6 +19,7 @@ from optimize.pipeline.contract import Checkpoint, Gates, Labelling, Objective, 
 from optimize.pipeline.emit import check_out
 from optimize.pipeline.errors import OptimizeError, RequestError
 from optimize.pipeline.manifest import Report
+from optimize.pipeline.memory import GIB, parse_memory
 from optimize.pipeline.plan import Plan, make_plan, shortened
 from optimize.pipeline.progress import Progress
 from optimize.pipeline.recipe import parse
@@ -45,6 +46,7 @@ class Request:
     workload: str | None = None  # the task's own
     budget: str | None = None  # the task's own
     objective: str = Objective.LATENCY
+    memory: str | None = None  # what the host has
     cache: Path | None = None
 
     def plan(self) -> Planned:
@@ -57,6 +59,7 @@ class Request:
         if self.budget is not None:
             parse_budget(self.budget)  # what is wrong in the request itself comes first
         target, defaults = find_target(self.target)
+        target = _within(target, self.memory)
         cache = cache_folder(self.cache)
         checkpoint = cast(Checkpoint, checkpoints.resolve(self.model, self.task, memory=target.memory))
         out = self.out if self.out is not None else Path(f"{checkpoint.name}-{target.name}")
@@ -68,8 +71,9 @@ class Request:
         named = any(form.kind.names_classes for form in task.labelled)
         classes = checkpoints.id2label(checkpoint.folder) if named else None
         read = examples.read_examples(self.data, task, classes)
+        offered = defaults.recipes(checkpoint, target)
         plan = make_plan(
-            checkpoint, target, self._recipes(defaults.recipes(checkpoint, target)),
+            checkpoint, target, self._recipes(offered), others=offered,
             workload=self.workload or shortened(task.workload, checkpoint.max_length),
             generates=task.generates, budget=parse_budget(self.budget or task.budget),
             gates=Gates(task.max_drop if self.max_drop is None else self.max_drop, self.min_speedup, self.max_load),
@@ -177,6 +181,19 @@ def find_target(name: str | None) -> tuple[Target, TargetModule]:
         raise RequestError(f"target {wanted!r} is not in this version", hint=f"targets: {', '.join(names)}")
     module = cast(TargetModule, importlib.import_module(f"optimize.targets.{wanted.replace('-', '_')}"))
     return module.probe(), module
+
+
+def _within(target: Target, memory: str | None) -> Target:
+    """The target with no more memory than was asked for. Raises RequestError for more than there is."""
+    if memory is None:
+        return target
+    size = parse_memory(memory)
+    if size > target.memory:
+        raise RequestError(
+            f"--memory {memory} is more than this host has: {target.memory / GIB:.1f} GiB",
+            hint="it says that less may be used, on a host that others use too",
+        )
+    return replace(target, memory=size)
 
 
 class TargetModule:

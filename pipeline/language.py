@@ -21,6 +21,7 @@ from optimize.pipeline.errors import OutputError
 from optimize.pipeline.metrics import Metric
 from optimize.pipeline.statistics import Interval, ratio_of_sums_interval
 
+ROWS = 32  # positions that are scored at a time: a vocabulary's worth of logits has several copies meanwhile
 KEPT = 64  # of the reference's likeliest tokens at each position; the others are one more
 LOSS, IDS, LOGS, TOP = "loss", "ids", "logs", "top"  # what scoring a window gives
 TOKENS, REGRET = "tokens", "regret"  # what continuing a prompt gives
@@ -58,6 +59,14 @@ def score(logits: NDArray[Any], tokens: NDArray[Any], ids: NDArray[Any] | None =
 
     `ids` are the reference's likeliest at each position, [scored, KEPT]; without them, these logits' own are taken.
     """
+    parts = []
+    for begin in range(0, len(tokens), ROWS):
+        rows = slice(begin, begin + ROWS)
+        parts.append(_score_rows(logits[rows], tokens[rows], None if ids is None else ids[rows]))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _score_rows(logits: NDArray[Any], tokens: NDArray[Any], ids: NDArray[Any] | None) -> dict[str, Any]:
     rows = logits - logits.max(axis=-1, keepdims=True)
     rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
     kept = min(KEPT, rows.shape[-1] - 1)

@@ -67,6 +67,15 @@ class Baseline:
     peak_memory: int
     roofs: tuple[Roof, ...] = ()  # of the cells
     throughput: Throughput | None = None
+    predicted_memory: int | None = None  # bytes, by the plan, also while it reads all text
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the float32 model took while it read all text: bytes at most, seen and by the plan."""
+
+    peak_memory: int
+    predicted_memory: int
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ class Report:
     baseline: Baseline | None  # None when nothing was timed
     peaks: Peaks | None = None  # what the host was seen to reach at most
     work: tuple[Work, ...] = ()  # what each cell cannot do without
+    reference: Reference | None = None
 
 
 @dataclass(frozen=True)

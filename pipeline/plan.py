@@ -8,15 +8,16 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from optimize.pipeline.contract import Cell, Checkpoint, Gates, Pass, Recipe, Target
 from optimize.pipeline.errors import RequestError
-from optimize.pipeline.recipe import parse, pass_text, recipe_text
+from optimize.pipeline.memory import DRIVER, GIB, gib
+from optimize.pipeline.recipe import UNCHANGED, parse, pass_text, recipe_text
 from optimize.pipeline.store import Store
 
 KEY_VERSION = 1  # bump when the meaning of keys changes
@@ -31,6 +32,7 @@ class Step:
     step: Pass
     key: str
     text: str  # the recipe that leads here
+    memory: int = 0  # bytes that its worker has resident at most, by estimate
 
     @property
     def pass_text(self) -> str:
@@ -43,6 +45,12 @@ class PlannedRecipe:
 
     recipe: Recipe
     steps: tuple[Step, ...]
+    run_memory: int = 0  # bytes that the worker which runs its artifact has resident at most, by estimate
+
+    @property
+    def build_memory(self) -> int:
+        """The same for the worker that builds it."""
+        return max((step.memory for step in self.steps), default=0)
 
     @property
     def key(self) -> str:
@@ -59,6 +67,7 @@ class LeftOut:
 
     recipe: Recipe
     reason: str
+    needs: int = 0  # bytes, where that is the reason
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,13 @@ class Plan:
     evaluation: str  # what accuracy is judged on, in words
     calibration_digest: str | None
     reference: Step | None  # what makes the float32 reference, where the checkpoint itself is not float32
+    reference_memory: int = 0  # bytes that the reference's worker has resident at most, by estimate
+    baseline_memory: int = 0  # the same of the baseline's
+
+    def fits_beside_baseline(self, recipes: Iterable[PlannedRecipe]) -> bool:
+        """Whether these can be built while the baseline is kept in memory."""
+        building = max((planned.build_memory for planned in recipes), default=0)
+        return DRIVER + self.baseline_memory + building <= self.target.memory
 
     def describe(self, store: Store | None = None) -> str:
         """The plan as text: what golden tests hold, and with a store, what is cached and what will be built."""
@@ -90,7 +106,8 @@ class Plan:
             f"evaluation  {self.evaluation}",
             f"gates       drop at most {gates.max_drop:g}, speedup above {gates.min_speedup:g}, "
             f"foreign load at most {gates.max_load:g}",
-            f"memory      about {needed_memory(checkpoint.parameters) / 2**30:.1f} GiB for building",
+            f"memory      about {gib(self.reference_memory)} GiB for the reference, {gib(self.baseline_memory)} for the"
+            " baseline, which runs beside each candidate",
             "",
         ]
         width = max((len(planned.recipe.name) for planned in self.recipes), default=0)
@@ -101,7 +118,8 @@ class Plan:
                 steps.append(f"{step.pass_text}{state} {step.key[:10]}")
             condition = f" (if {planned.recipe.after} is inaccurate)" if planned.recipe.after else ""
             lines.append(
-                f"{planned.recipe.name:<{width}}  {' -> '.join(steps) or 'the checkpoint as it is'}{condition}"
+                f"{planned.recipe.name:<{width}}  {' -> '.join(steps) or 'the checkpoint as it is'}"
+                f"; {gib(planned.build_memory)} GiB to build, {gib(planned.run_memory)} to run{condition}"
             )
         lines += [f"left out: {left.recipe.name}: {left.reason}" for left in self.left_out]
         return "\n".join(lines)
@@ -118,11 +136,12 @@ def make_plan(
     budget: float = 180.0,
     evaluation: str = "",
     calibration_digest: str | None = None,
+    others: Iterable[Recipe] = (),
 ) -> Plan:
-    """Give every step its key and leave out what cannot run.
+    """Give every step its key and leave out what cannot run, or does not fit into the target's memory.
 
-    Raises RequestError for a bad workload or gate, for
-    two recipes that are the same, and when nothing is left.
+    Raises RequestError for a bad workload or gate, for two recipes that are the same, and when nothing is left. What
+    then would fit, of the recipes and the `others` that the target has, is named in it.
     """
     gates = gates or Gates()
     if not 0 < gates.max_drop <= 1:
@@ -131,40 +150,97 @@ def make_plan(
         raise RequestError(f"--min-speedup {gates.min_speedup:g} is not above 0 and below 1000")
     if not 0 <= gates.max_load <= 1:
         raise RequestError(f"--max-load {gates.max_load:g} is not between 0 and 1")
+    cells = parse_workload(workload, checkpoint.max_length, generates=generates)
     source_key = checkpoint_key(checkpoint)
+
+    def with_keys(recipe: Recipe) -> PlannedRecipe:
+        return _planned(recipe, source_key, checkpoint, target, calibration_digest, cells)
+
     planned: list[PlannedRecipe] = []
     left_out: list[LeftOut] = []
+    reference = with_keys(parse("cast-dtype{dtype=float32}" if checkpoint.dtype != "float32" else UNCHANGED))
+    baseline = with_keys(parse(UNCHANGED)).run_memory
+    _check_reference_fits(reference, baseline, target)
     for recipe in recipes:
         reason = _reason(recipe, checkpoint, target, calibration_digest)
         if reason is not None:
             left_out.append(LeftOut(recipe, reason))
             continue
-        planned.append(_with_keys(recipe, source_key, checkpoint, target, calibration_digest))
+        each = with_keys(recipe)
+        if large := _why_too_large(each, baseline, target):
+            left_out.append(LeftOut(recipe, large, _needs(each, baseline)))
+            continue
+        planned.append(each)
     names = [each.recipe.name for each in planned]
     if len({each.key for each in planned}) < len(planned) or len(set(names)) < len(names):
         raise RequestError("two recipes are the same", hint=f"recipes: {'; '.join(names)}")
     if not planned:
         listed = "; ".join(f"{left.recipe.name}: {left.reason}" for left in left_out)
-        raise RequestError(f"no recipe can run here ({listed})" if listed else "there are no recipes")
-    reference = None
-    if checkpoint.dtype != "float32":
-        recipe = parse("cast-dtype{dtype=float32}")
-        (reference,) = _with_keys(recipe, source_key, checkpoint, target, calibration_digest).steps
-    cells = parse_workload(workload, checkpoint.max_length, generates=generates)
+        too_large = [left.recipe for left in left_out if left.needs]
+        able = [each for each in others if _reason(each, checkpoint, target, calibration_digest) is None]
+        raise RequestError(
+            f"no recipe can run here ({listed})" if listed else "there are no recipes",
+            hint=_what_would_fit([with_keys(each) for each in (*too_large, *able)], baseline, target)
+            if too_large
+            else None,
+        )
     return Plan(
         checkpoint, source_key, target, tuple(planned), tuple(left_out), cells, gates, budget, evaluation,
-        calibration_digest, reference,
+        calibration_digest, next(iter(reference.steps), None), reference.run_memory, baseline,
     )  # fmt: skip
 
 
-def _with_keys(
-    recipe: Recipe, source_key: str, checkpoint: Checkpoint, target: Target, calibration_digest: str | None
+def _planned(
+    recipe: Recipe,
+    source_key: str,
+    checkpoint: Checkpoint,
+    target: Target,
+    calibration_digest: str | None,
+    cells: Sequence[Cell],
 ) -> PlannedRecipe:
+    """A recipe with its keys, and with the memory that each of its steps and its artifact take."""
+    from optimize.targets.runtimes.memory import running_memory  # of a layer above, as a request has it
+
     steps: list[Step] = []
+    facts = checkpoint  # what is known of the weights after each step
     for step in recipe.passes:
         key = step_key(steps[-1].key if steps else source_key, step, checkpoint.task, target, calibration_digest)
-        steps.append(Step(step, key, recipe_text(Recipe("", recipe.passes[: len(steps) + 1]))))
-    return PlannedRecipe(recipe, tuple(steps))
+        steps.append(Step(step, key, recipe_text(Recipe("", recipe.passes[: len(steps) + 1])), step.memory(facts)))
+        facts = replace(facts, weight_bytes=step.weight_bytes(facts), dtype=step.arithmetic or facts.dtype)
+    return PlannedRecipe(recipe, tuple(steps), running_memory(recipe.produces, facts, cells))
+
+
+def _needs(planned: PlannedRecipe, baseline: int) -> int:
+    """Bytes of all processes at once, at most. The baseline is closed for building where both do not fit."""
+    return DRIVER + max(planned.build_memory, planned.run_memory + baseline)
+
+
+def _why_too_large(planned: PlannedRecipe, baseline: int, target: Target) -> str | None:
+    there = f"this host has {target.memory / GIB:.1f}"
+    if DRIVER + planned.build_memory > target.memory:
+        return f"needs about {gib(DRIVER + planned.build_memory)} GiB to build; {there}"
+    if _needs(planned, baseline) > target.memory:
+        return f"needs about {gib(_needs(planned, baseline))} GiB to run beside the baseline; {there}"
+    return None
+
+
+def _check_reference_fits(reference: PlannedRecipe, baseline: int, target: Target) -> None:
+    """Raise RequestError where nothing could be judged or timed."""
+    needed = DRIVER + max(reference.build_memory, reference.run_memory, baseline)
+    if needed > target.memory:
+        raise RequestError(
+            f"the float32 reference needs about {gib(needed)} GiB of memory, this host has {target.memory / GIB:.1f}",
+            hint="run on a host with more memory, or give a smaller checkpoint: no recipe is judged without it",
+        )
+
+
+def _what_would_fit(able: Sequence[PlannedRecipe], baseline: int, target: Target) -> str:
+    """The recipe that needs least, and whether that is there."""
+    least = min(able, key=lambda each: _needs(each, baseline))
+    needs = f"{least.recipe.name} needs least: about {gib(_needs(least, baseline))} GiB"
+    if _needs(least, baseline) <= target.memory:
+        return f"{needs}, which fits: --recipe {least.recipe.name}"
+    return f"{needs}; run on a host with more memory, or give a smaller checkpoint"
 
 
 def parse_workload(text: str, max_length: int, *, generates: bool = False) -> tuple[Cell, ...]:
@@ -254,11 +330,6 @@ def ollama_version() -> str | None:
         return "unknown"
     found = re.search(r"version is (\S+)\s*$", done.stdout)
     return found[1] if found else "unknown"
-
-
-def needed_memory(parameters: int) -> int:
-    """Bytes that building needs at most, estimated: exporters hold the float32 weights about three times."""
-    return 3 * 4 * parameters + (1 << 30)
 
 
 def _reason(recipe: Recipe, checkpoint: Checkpoint, target: Target, calibration_digest: str | None) -> str | None:

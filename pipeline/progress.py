@@ -135,7 +135,8 @@ def built_text(step: StepReport) -> str:
     if "quantized" in step.facts:
         coverage = f", {step.facts['quantized']} of {step.facts['eligible']} matrix products quantized"
     how = "cached" if step.cached else "built"
-    return f"{how} ({step.seconds:.1f} s, {step.peak_memory / 2**20:.0f} MiB{coverage})"
+    predicted = "" if step.predicted_memory is None else f" of {step.predicted_memory / 2**20:.0f} predicted"
+    return f"{how} ({step.seconds:.1f} s, {step.peak_memory / 2**20:.0f} MiB{predicted}{coverage})"
 
 
 def accuracy_text(candidate: Candidate) -> str:

@@ -18,8 +18,19 @@ from optimize.pipeline.build import Builder
 from optimize.pipeline.contract import Artifact, Kind, Labelling, Meaning, Objective
 from optimize.pipeline.emit import emit
 from optimize.pipeline.errors import CheckpointError, OptimizeError, PassError, RequestError, WorkerError
-from optimize.pipeline.manifest import REPORT, SCHEMA_VERSION, Baseline, Evaluation, Report, host_of, source_of, to_json
+from optimize.pipeline.manifest import (
+    REPORT,
+    SCHEMA_VERSION,
+    Baseline,
+    Evaluation,
+    Reference,
+    Report,
+    host_of,
+    source_of,
+    to_json,
+)  # fmt: skip
 from optimize.pipeline.measure import compare
+from optimize.pipeline.memory import DRIVER, FRAMEWORKS
 from optimize.pipeline.plan import Plan, PlannedRecipe
 from optimize.pipeline.progress import Progress
 from optimize.pipeline.roofline import Peaks, Roof, Work, known_peaks, measure_peaks, roofs
@@ -60,6 +71,7 @@ class Run:
     left_out: dict[str, str] = field(default_factory=dict)  # recipe -> why it was not tried
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase
     baseline: Baseline | None = None
+    reference: Reference | None = None
     samples: dict[str, Any] = field(default_factory=dict)  # raw seconds by candidate: see measure.Samples
     peaks: Peaks | None = None
     work: tuple[Work, ...] = ()  # of the cells
@@ -157,7 +169,8 @@ class Run:
     def _reference(self, workers: ExitStack) -> tuple[dict[str, list[Any]], Opened | None]:
         """Outputs of the float32 eager model on all text and all cells; kept as reference.*.npz.
 
-        Of a float32 checkpoint that model is also the baseline: it is returned, paused, and ends with `workers`.
+        Of a float32 checkpoint that model is also the baseline: it is returned, paused, and ends with `workers`; but
+        where memory does not hold it beside what is built, it has ended already.
         """
         checkpoint, artifact = self.plan.checkpoint, self.source
         self.progress.doing("prepare", "running the float32 reference")
@@ -165,6 +178,8 @@ class Run:
             if self.plan.reference is not None:
                 artifact = self._builder.build(self.plan.reference, artifact)[0].artifact
             same = self.plan.reference is None
+            if DRIVER + FRAMEWORKS + self.plan.reference_memory > self.plan.target.memory:
+                self._builder.end()
             opened = self.trial.open("baseline" if same else "reference", Kind.CHECKPOINT, artifact.path)
             with ExitStack() as stack:
                 stack.enter_context(opened.worker)
@@ -172,7 +187,10 @@ class Run:
                     batches: self.trial.outputs(opened.worker, batches, self.folder / f"reference.{batches}.npz")[0]
                     for batches in (TEXT, CELLS)
                 }
-                if not same:
+                peak = opened.worker.ask("memory", limit=STEP_LIMIT)
+                self.reference = Reference(peak, self.plan.reference_memory)
+                first = [planned for planned in self.plan.recipes if not planned.recipe.after]
+                if not same or not self.plan.fits_beside_baseline(first):
                     return outputs, None
                 opened.worker.pause()
                 workers.push(stack.pop_all())
@@ -189,6 +207,7 @@ class Run:
 
     def _build(self, planned: PlannedRecipe) -> Candidate:
         candidate = Candidate(planned.recipe.name, planned.text, planned.recipe.produces, Status.NOT_BUILT)
+        candidate.predicted_memory = planned.run_memory
         candidate.arithmetic = planned.recipe.arithmetic(self.plan.checkpoint.dtype)
         self.candidates.append(candidate)
         try:
@@ -209,7 +228,7 @@ class Run:
             entry, cached = self._builder.build(step, entry.artifact if entry else self.source)
             made = entry.step
             candidate.steps.append(
-                StepReport(step.pass_text, step.key, cached, made.seconds, made.peak_memory, made.facts)
+                StepReport(step.pass_text, step.key, cached, made.seconds, made.peak_memory, made.facts, step.memory)
             )
             self.progress.built(candidate.name, candidate.steps[-1])
         return entry
@@ -221,25 +240,32 @@ class Run:
             return
         self._check_checkpoint()
         if opened is None or not opened.worker.alive:  # nothing has been timed against it yet
-            with self._phase("measure"):
-                opened = self.trial.open("baseline", Kind.CHECKPOINT, self.plan.checkpoint.folder)
-            workers.enter_context(opened.worker)
-            opened.worker.pause()
-        baseline = opened.worker
+            opened = self._open_baseline(workers)
         for candidate in built:
-            self._try(candidate, baseline, reference)
-        self._recover(baseline, reference)
-        baseline.resume()
+            self._try(candidate, opened.worker, reference)
+        opened = self._recover(opened, reference, workers)
+        opened.worker.resume()
         with self._phase("measure"):
             self._account_for(opened)
+
+    def _open_baseline(self, workers: ExitStack) -> Opened:
+        """Paused; it ends with `workers`."""
+        with self._phase("measure"):
+            opened = self.trial.open("baseline", Kind.CHECKPOINT, self.plan.checkpoint.folder)
+        workers.enter_context(opened.worker)
+        opened.worker.pause()
+        return opened
 
     @property
     def _share(self) -> float:
         """Seconds of the budget that each candidate has; milder recipes, which may follow, have as much each."""
         return self.plan.budget / sum(not planned.recipe.after for planned in self.plan.recipes)
 
-    def _recover(self, baseline: WorkerProcess, reference: Mapping[str, list[Any]]) -> None:
-        """Build and try what the target has ready for a recipe that proved inaccurate, until one is accurate."""
+    def _recover(self, opened: Opened, reference: Mapping[str, list[Any]], workers: ExitStack) -> Opened:
+        """Build and try what the target has ready for a recipe that proved inaccurate, until one is accurate.
+
+        Returns the baseline, which is opened again where memory does not hold it beside what is built.
+        """
         for planned in self.plan.recipes:
             recipe = planned.recipe
             if not recipe.after:
@@ -249,13 +275,18 @@ class Run:
             if reason is not None:
                 self.left_out[recipe.name] = f"{recipe.after} {reason}"
                 continue
+            if not self.plan.fits_beside_baseline([planned]):
+                opened.worker.kill()
             with self._phase("build"):
                 try:
                     candidate = self._build(planned)
                 finally:
                     self._builder.end()  # nothing else may run while there is timing
+            if not opened.worker.alive:
+                opened = self._open_baseline(workers)
             if candidate.name in self.artifacts:
-                self._try(candidate, baseline, reference)
+                self._try(candidate, opened.worker, reference)
+        return opened
 
     def _account_for(self, opened: Opened) -> None:
         """What the baseline costs, and how near every side came to what this host can do."""
@@ -273,7 +304,7 @@ class Run:
         self.baseline = Baseline(
             opened.load_seconds, opened.first_seconds, opened.peak_memory,
             self._roofs(seconds, plan.checkpoint.dtype, plan.checkpoint.weight_bytes) if seconds else (),
-            self._throughput("baseline", opened.worker),
+            self._throughput("baseline", opened.worker), plan.baseline_memory,
         )  # fmt: skip
 
     def _throughput(self, name: str, worker: WorkerProcess) -> Throughput | None:
@@ -309,6 +340,7 @@ class Run:
         candidate.load_seconds, candidate.first_seconds = opened.load_seconds, opened.first_seconds
         candidate.peak_memory = opened.peak_memory
         candidate.accuracy, candidate.reason = self.trial.judge(opened.worker, reference)
+        candidate.judged_memory = opened.worker.ask("memory", limit=STEP_LIMIT)
         candidate.status = Status.INACCURATE if candidate.reason else Status.PASSED
         self.progress.evaluated(candidate)
 
@@ -347,6 +379,7 @@ class Run:
             baseline=self.baseline,
             peaks=self.peaks,
             work=self.work,
+            reference=self.reference,
         )
 
     def _stamp(self) -> dict[str, tuple[int, int, int]]:

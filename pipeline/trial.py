@@ -102,8 +102,8 @@ class Trial:
             return self._judge_tokens(worker, reference[CELLS])
         out = self.scratch / f"outputs-{worker.pid}.npz"
         try:
+            celled, _ = self.outputs(worker, CELLS, out)  # first: its artifact is open for just that
             evaluated, repeat_error = self.outputs(worker, TEXT, out)
-            celled, _ = self.outputs(worker, CELLS, out)
         finally:
             out.unlink(missing_ok=True)
         if self.meaning is Meaning.NEXT:

@@ -42,6 +42,7 @@ class StepReport:
     seconds: float  # that building took, now or when it was cached
     peak_memory: int  # bytes
     facts: Mapping[str, Any] = field(default_factory=dict)
+    predicted_memory: int | None = None  # what the plan said of peak_memory
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Candidate:
     arithmetic: str = "float32"  # the dtype of its matrix products
     roofs: tuple[Roof, ...] = ()  # of the cells, where the host's peak for that dtype is known
     throughput: Throughput | None = None
+    judged_memory: int | None = None  # bytes resident at most, what it was judged on included
+    predicted_memory: int | None = None  # what the plan said of that
 
     @property
     def build_seconds(self) -> float:

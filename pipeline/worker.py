@@ -138,6 +138,7 @@ class Worker:
         instance = parse_pass(step)
         artifact = Artifact(Kind(source["kind"]), Path(source["path"]), source["key"], source["digest"])
         context = Context(task, Target(**target), Path(calibration) if calibration else None)
+        _let_go()
         _reset_peak_memory()
         start = time.perf_counter()
         facts = instance.run(artifact, context, Path(out))
@@ -160,6 +161,10 @@ class Worker:
         for cell in self._cells[1:]:  # so that peak memory is that of the whole workload
             cell.run()
         return {"load": loaded - start, "first": first - loaded, "memory": peak_memory()}
+
+    def memory(self) -> int:
+        """Most bytes resident since the artifact was opened."""
+        return peak_memory()
 
     def layers(self, kind: str, path: str, task: str, batches: str, count: int, out: str) -> dict[str, Any] | None:
         """Write what an artifact computes on the way for the first `count` batches; None where it cannot be seen."""
@@ -252,6 +257,7 @@ class Worker:
                 if problems := _wrong(logits, len(scored)):
                     return {"problems": problems, "repeat_error": 0.0}
                 scores.append(score(logits, scored, ids))
+                del logits  # before there are the next
             likelihoods = np.array([-each[LOSS].sum(dtype=np.float64) for each in scores])
             found.append({LIKELIHOODS: likelihoods} if CHARACTERS in batch else scores[0])
         save_batches(Path(out), found)
@@ -296,8 +302,9 @@ class Worker:
         session, scores = self._session, self.gives_logits()
         found: list[dict[str, Any]] = []
         calls = [call_of(session, batch) for batch in load_batches(Path(prompts))]
-        for call in calls:
-            made = call.run() if scores else call.tell()
+        # all of them first: some runtimes have one model to generate and another to score, and hold one at a time
+        written = [call.run() if scores else call.tell() for call in calls]
+        for call, made in zip(calls, written, strict=True):
             expected = (len(call.prompts), int(call.batch[NEW]))
             if made.tokens.shape != expected:
                 return {"problems": [f"tokens of {made.tokens.shape} for {expected}"], "repeat_error": 0.0}
@@ -413,6 +420,13 @@ def _peak_of(pid: int) -> int:
 def _reset_peak_memory() -> None:
     with suppress(OSError):  # not Linux, or not permitted: the peak is then that of the whole process
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def _let_go() -> None:
+    """Give back what earlier steps left, so that the next one does not come on top of it."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # a C library of another kind
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def serve(requests: Any, answers: Any, operations: Worker) -> None:

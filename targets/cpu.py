@@ -143,7 +143,15 @@ def _cpuinfo() -> tuple[str, set[str]]:
     return fields.get("model name", ""), set(fields.get("flags", fields.get("Features", "")).split())
 
 
-def _cgroup_limit() -> int:
-    path = Path("/sys/fs/cgroup/memory.max")
-    text = path.read_text().strip() if path.exists() else "max"
-    return int(text) if text.isdigit() else 1 << 62
+def _cgroup_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that this process's control group may use, or any group around it. Source: cgroups(7)."""
+    limits = [1 << 62]
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):  # version 2, version 1
+            folder = root / controllers / path.lstrip("/")
+            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            inside = (each for each in (folder, *folder.parents) if each.is_relative_to(root))
+            texts = [each.read_text().strip() for each in (above / name for above in inside) if each.is_file()]
+            limits += [int(text) for text in texts if text.isdigit()]
+    return min(limits)

@@ -157,14 +157,15 @@ class LlamaCppSession:
         sequence = np.concatenate([np.full(len(part), index) for index, part in enumerate(parts)]).astype(np.int32)
         wanted = np.concatenate([np.arange(len(part)) >= len(part) - keep for part in parts]).astype(np.int8)
         self._lengths = [start + len(part) for start, part in zip(self._lengths, parts, strict=True)]
-        rows = []
+        logits, found = np.empty((int(wanted.sum()), self.vocabulary), dtype=np.float32), 0
         for begin in range(0, len(token), BATCH):
             chunk = slice(begin, begin + BATCH)
             self._decode_chunk(token[chunk], position[chunk], sequence[chunk], wanted[chunk])
             for index in np.flatnonzero(wanted[chunk]):
                 row = self._library.llama_get_logits_ith(self._context, int(index))
-                rows.append(np.ctypeslib.as_array(row, (self.vocabulary,)).copy())
-        return np.stack(rows)
+                logits[found] = np.ctypeslib.as_array(row, (self.vocabulary,))
+                found += 1
+        return logits
 
     def _decode_chunk(self, token: Array, position: Array, sequence: Array, wanted: Array) -> None:
         ones = np.ones(len(token), dtype=np.int32)

@@ -1,0 +1,38 @@
+"""Memory as the plan reckons with it: estimates in bytes, what there is, and how both are written.
+
+An estimate is an upper bound of what a process has resident, weights that are mapped from files counted like others.
+What the factors come from is in docs/measuring.md.
+"""
+
+from __future__ import annotations
+
+import re
+
+from optimize.pipeline.errors import RequestError
+
+MIB, GIB = 1 << 20, 1 << 30
+DRIVER = 150 * MIB  # the command itself, which plans, waits and judges
+FRAMEWORKS = 700 * MIB  # a worker that builds: what it imports, and what its last steps left behind
+EAGER = 600 * MIB  # a worker that runs the eager model, without weights
+_UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": MIB, "mib": MIB, "mb": 10**6}
+
+
+def gib(size: int) -> str:
+    """`7.9`, rounded up: of what is needed."""
+    return f"{-(-size * 10 // GIB) / 10:.1f}"
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of `6GiB`, `6G`, `6` (GiB), `500MB`. Raises RequestError for anything else, and below 64 MiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise RequestError(f"--memory {text!r} is not a size", hint="for example 6GiB or 500MiB")
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if size < 64 * MIB:
+        raise RequestError(f"--memory {text!r} is less than 64 MiB: nothing runs in that", hint="for example 6GiB")
+    return size
+
+
+def reference_memory(parameters: int) -> int:
+    """What the float32 reference takes at least, whatever is judged with it."""
+    return EAGER + 4 * parameters

@@ -1,0 +1,48 @@
+"""What running an artifact takes, by its kind: what the plan says before anything runs. No framework is imported here.
+
+The factors were fitted to what was measured on models of 0.1 to 2 GB (benchmarks/results/memory.json), and rounded up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optimize.models.encoding import BATCH_SIZES
+from optimize.models.language import WINDOW
+from optimize.models.tasks import TASKS
+from optimize.pipeline.contract import Cell, Checkpoint, Kind
+from optimize.pipeline.memory import EAGER, MIB
+
+# kind -> bytes without weights, and how often the artifact's weights are resident: mapped from the file, and once more
+# where the runtime lays them out anew for the processor
+RESIDENT = {
+    Kind.CHECKPOINT: (EAGER, 1.0),
+    Kind.AOTI: (EAGER, 2.0),
+    Kind.ONNX: (500 * MIB, 2.0),
+    Kind.OPENVINO: (500 * MIB, 2.2),
+    Kind.GGUF: (300 * MIB, 2.0),
+}
+LOGITS = 4  # copies of a window's logits, while it is scored
+
+
+def running_memory(kind: Kind, checkpoint: Checkpoint, workload: Sequence[Cell]) -> int:
+    """Bytes that a worker has resident at most: an artifact open in it, every cell run, and judged on text.
+
+    The checkpoint's weight_bytes are those of the artifact.
+    """
+    fixed, copies = RESIDENT[kind]
+    return fixed + int(copies * checkpoint.weight_bytes) + _working(checkpoint, workload)
+
+
+def _working(checkpoint: Checkpoint, workload: Sequence[Cell]) -> int:
+    """Activations, logits and KV cache, in float32; attention does not write down scores of pairs of tokens."""
+    sizes, task = checkpoint.dimensions, TASKS[checkpoint.task]
+    window = min(WINDOW, checkpoint.max_length)
+    rows = 1 if task.generates else max(BATCH_SIZES)
+    tokens = max(rows * window, *(cell.batch * cell.sequence for cell in workload))
+    activations = tokens * (8 * sizes.hidden + 3 * sizes.intermediate)
+    if task.generates:
+        cache = sizes.cache * max(window, *(cell.tokens for cell in workload))
+        return 4 * (activations + cache + LOGITS * sizes.vocabulary * window)
+    outputs = sizes.vocabulary if task.auto_class == "AutoModelForMaskedLM" else sizes.hidden
+    return 4 * (activations + 2 * outputs * tokens)
