@@ -14,7 +14,7 @@ from optimize.pipeline.accuracy import Accuracy, compare_outputs, why_rejected, 
 from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Cell, Gates, Kind, Labelling, Meaning
 from optimize.pipeline.errors import OutputError, WorkerError
-from optimize.pipeline.language import LanguageAccuracy, compare_language, why_language_rejected
+from optimize.pipeline.language import IDS, LanguageAccuracy, compare_language, why_language_rejected
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.metrics import task_metrics
 from optimize.pipeline.questions import question_metrics
@@ -99,7 +99,7 @@ class Trial:
     ) -> tuple[Accuracy | LanguageAccuracy | TokenAccuracy, str | None]:
         """The accuracy of a worker's artifact against the reference's outputs, and why it is rejected, or None."""
         if self.meaning is Meaning.NEXT and not worker.ask("gives_logits", limit=STEP_LIMIT):
-            return self._judge_tokens(worker, reference[CELLS])
+            return self._judge_tokens(worker, reference)
         out = self.scratch / f"outputs-{worker.pid}.npz"
         try:
             celled, _ = self.outputs(worker, CELLS, out)  # first: its artifact is open for just that
@@ -128,13 +128,20 @@ class Trial:
             accuracy = dataclasses.replace(accuracy, metrics=metrics)
         return accuracy, why_unsteady(repeat_error, expected) or why_rejected(accuracy, self.gates)
 
-    def _judge_tokens(self, worker: WorkerProcess, written: Sequence[Any]) -> tuple[TokenAccuracy, str | None]:
-        out = self.scratch / f"outputs-{worker.pid}.npz"
+    def _judge_tokens(
+        self, worker: WorkerProcess, reference: Mapping[str, list[Any]]
+    ) -> tuple[TokenAccuracy, str | None]:
+        out, windows = self.scratch / f"outputs-{worker.pid}.npz", str(self.inputs / f"{TEXT}.npz")
         try:
+            worker.ask("guess", limit=STEP_LIMIT, progress=self.tick, windows=windows, out=str(out))
+            guessed = load_batches(out)
             continued, repeat_error = self.outputs(worker, CELLS, out)
         finally:
             out.unlink(missing_ok=True)
-        found = compare_tokens(written, continued)
+        scores = [each for each in reference[TEXT] if IDS in each]  # of text: questions follow it
+        found = compare_tokens(scores, guessed, reference[CELLS], continued)
+        if self.labelling is not None:
+            return found, "it gives no logits, so that it cannot be asked the questions of --data: leave them out"
         if repeat_error > 0:
             return found, f"two runs of the same prompts differ in {repeat_error:.0%} of their tokens"
         return found, self._misspelt(worker) or why_tokens_rejected(found, self.gates)

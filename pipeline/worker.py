@@ -289,6 +289,29 @@ class Worker:
 
         return spelling_problems(Path(folder), self._session)
 
+    def guess(self, windows: str, out: str) -> dict[str, Any]:
+        """In place of `score`, for a session that gives no logits: its next token at places all over every window."""
+        import numpy as np
+
+        from optimize.pipeline.batches import FIRST, load_batches, save_batches
+        from optimize.pipeline.language import TOKENS
+        from optimize.pipeline.tokens import ENDS, GUESSES, PLACES
+
+        session, found = self._session, []
+        batches = [each for each in load_batches(Path(windows)) if FIRST in each and each[FIRST].ndim == 0]  # the text
+        for batch in batches:
+            tokens, first, places = batch["input_ids"], int(batch[FIRST]), list[int]()
+            scored = len(tokens) - first
+            wanted = np.linspace(0, scored, max(GUESSES // len(batches), 1), endpoint=False, dtype=int)
+            for start, end in zip(wanted, [*wanted[1:], scored], strict=True):
+                says = (place for place in range(start, end) if session.says(tokens[: first + place]))
+                places += [place for place in [next(says, None)] if place is not None]
+            guesses = [session.generate([tokens[: first + place]], 1).tokens[0, 0] for place in places]
+            ends = np.array(session.ends, dtype=np.int64)
+            found.append({TOKENS: np.array(guesses, np.int64), PLACES: np.array(places, np.int64), ENDS: ends})
+        save_batches(Path(out), found)
+        return {"problems": [], "repeat_error": 0.0}
+
     def write_on(self, prompts: str, out: str) -> dict[str, Any]:
         """Continue every prompt of an .npz greedily, and hold each token against the session's own scoring, if it has
         one. Else `repeat_error` is the share of the first prompts' tokens that differ the second time.

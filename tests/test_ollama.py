@@ -17,12 +17,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import optimize
-from optimize.models.language import encode_prompts
+from optimize.models.language import encode_prompts, encode_windows
 from optimize.models.pieces import Pieces
 from optimize.passes import _ollama
 from optimize.passes.convert_gguf import ConvertGguf
 from optimize.passes.create_ollama import CreateOllama
-from optimize.pipeline.batches import NEW, UNTIMED, load_batches, save_batches
+from optimize.pipeline import tokens
+from optimize.pipeline.batches import FIRST, NEW, UNTIMED, load_batches, save_batches
 from optimize.pipeline.contract import Artifact, Cell, Context, Gates, Kind
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.tokens import compare_tokens, why_tokens_rejected
@@ -154,7 +155,7 @@ def test_it_writes_what_llama_cpp_writes(
     expected, _ = written(own, tmp_path)
     assert [each["tokens"].tolist() for each in found] == [each["tokens"].tolist() for each in expected]
     assert worker.spell(str(language_model)) == []
-    accuracy = compare_tokens(reference, found)
+    accuracy = compare_tokens([], [], reference, found)
     assert (accuracy.agreement, accuracy.drop.high, accuracy.examples, accuracy.positions) == (1, 0, 3, 18)
     assert accuracy.logprob_error is not None and accuracy.logprob_error < 0.01
     made = session.generate([np.arange(10, 18)] * 3, 4)
@@ -168,7 +169,7 @@ def test_wrong_answers_are_rejected(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("DOUBLE_FAULT", "reversed")
     session = OllamaSession(gguf.path, 2, language_model)
-    accuracy = compare_tokens(reference, written(session, tmp_path)[0])
+    accuracy = compare_tokens([], [], reference, written(session, tmp_path)[0])
     session.close()
     assert "above the gate" in str(why_tokens_rejected(accuracy, Gates(max_drop=0.1)))
 
@@ -243,13 +244,32 @@ def test_each_timed_call_finds_a_server_that_reads_something_else(session: Ollam
     assert all(len(session._pieces.tokens_of(text)) > 10 for text in between)
 
 
+def test_guesses_are_the_likeliest_tokens_of_held_text(
+    session: OllamaSession, gguf: Artifact, language_model: Path, some_text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(tokens, "GUESSES", 12)
+    rows = [json.loads(line) for line in some_text.read_text(encoding="utf-8").splitlines()]
+    windows = encode_windows(language_model, rows, 64)[:3]
+    save_batches(tmp_path / "windows.npz", windows)
+    worker = Worker()
+    worker._session = session
+    worker.guess(str(tmp_path / "windows.npz"), str(tmp_path / "out.npz"))
+    own = llamacpp.open_session(gguf.path, "text-generation", 2)
+    for window, found in zip(windows, load_batches(tmp_path / "out.npz"), strict=True):
+        scored = len(window["input_ids"]) - int(window[FIRST])
+        likeliest = own.logits(window["input_ids"][:-1], scored).argmax(axis=-1)
+        assert len(found["places"]) == 4
+        assert found["tokens"].tolist() == likeliest[found["places"]].tolist()
+
+
 def test_prompts_that_text_cannot_say_are_known(language_model: Path) -> None:
     pieces = Pieces(language_model)
-    tokens = language_tokenizer()("The harbour 12 👍")["input_ids"]
-    assert pieces.text_of(np.array(tokens)) == ("The harbour 12 👍", True)
-    assert pieces.text_of(np.array(tokens[:-1]))[1] is False  # half of a character
+    ids = language_tokenizer()("The harbour 12 👍")["input_ids"]
+    assert pieces.text_of(np.array(ids)) == ("The harbour 12 👍", True)
+    assert pieces.text_of(np.array(ids[:-1]))[1] is False  # half of a character
     assert [pieces.tokens_of(piece) for piece in ("👍", " harbour")] == [
-        tokens[-len(language_tokenizer()("👍")["input_ids"]) :],
+        ids[-len(language_tokenizer()("👍")["input_ids"]) :],
         language_tokenizer()(" harbour")["input_ids"],
     ]
 

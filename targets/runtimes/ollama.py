@@ -76,6 +76,10 @@ class OllamaSession:
         told = np.array([row.logprobs[:new] for row in rows], dtype=np.float32) if logprobs else None
         return Generation(np.array([row.tokens[:new] for row in rows], dtype=np.int64), tuple(known.tolist()), told)
 
+    def says(self, prompt: Array) -> bool:
+        """Whether a prompt can be sent: its text has the same tokens again."""
+        return self._text_of(prompt)[1]
+
     def forget(self) -> None:
         """Have it read something else in every context: it goes on from what it has read, where a prompt begins so."""
         for _ in range(self._server.parallel):
@@ -96,10 +100,7 @@ class OllamaSession:
             self._server.start()
 
     def _write_on(self, prompt: Array, new: int, start: float, logprobs: bool) -> Written:
-        key = prompt.tobytes()
-        if key not in self._texts:
-            self._texts[key] = self._pieces.text_of(prompt)
-        text, exact = self._texts[key]
+        text, exact = self._text_of(prompt)
         written, done = Written(), dict[str, Any]()
         while (before := len(written.tokens)) < new:
             for done in self._server.stream("POST", GENERATE, self._request(text, new - before, logprobs)):
@@ -120,6 +121,12 @@ class OllamaSession:
             elif len(written.tokens) == before:  # Ollama breaks off after 30 like pieces in a row, but not at once
                 raise RuntimeError(f"Ollama wrote nothing after {text[-40:]!r}: {done}")
         return written
+
+    def _text_of(self, prompt: Array) -> tuple[str, bool]:
+        key = prompt.tobytes()
+        if key not in self._texts:
+            self._texts[key] = self._pieces.text_of(prompt)
+        return self._texts[key]
 
     def _count(self, counted: Any, prompt: Array) -> None:
         if counted != len(prompt):

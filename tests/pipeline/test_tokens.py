@@ -10,7 +10,7 @@ from optimize.pipeline.contract import Gates, Kind
 from optimize.pipeline.errors import OutputError
 from optimize.pipeline.language import IDS, LOGS, TOKENS
 from optimize.pipeline.manifest import adapter
-from optimize.pipeline.tokens import ENDS, LOGPROBS, UNTOLD, TokenAccuracy, compare_tokens, why_tokens_rejected
+from optimize.pipeline.tokens import ENDS, LOGPROBS, PLACES, UNTOLD, TokenAccuracy, compare_tokens, why_tokens_rejected
 from optimize.pipeline.verdict import Candidate, Status
 
 END, OTHER_END = 8, 9
@@ -33,7 +33,7 @@ SAME = (reference(1, 2, 3, 4), candidate(1, 2, 3, 4))
 
 def compared(theirs: dict[str, Any], ours: dict[str, Any]) -> TokenAccuracy:
     """One prompt beside one that agrees throughout."""
-    return compare_tokens([theirs, SAME[0]], [ours, SAME[1]])
+    return compare_tokens([], [], [theirs, SAME[0]], [ours, SAME[1]])
 
 
 def test_the_same_tokens_lose_nothing() -> None:
@@ -59,6 +59,14 @@ def test_a_token_that_was_not_kept_costs_at_least_what_the_last_that_was_does() 
     assert found.regret == pytest.approx(math.log(0.5 / 0.04) / 5, rel=1e-6)
 
 
+def test_guesses_in_held_text_count_by_their_places() -> None:
+    guessed = candidate(3, 3, 9, UNTOLD) | {PLACES: np.array([0, 2, 3, 1])}  # likeliest there are 1, 3, 4 and 2
+    found = compare_tokens([reference(1, 2, 3, 4)], [guessed], [SAME[0]], [SAME[1]])
+    lost = math.log(0.5 / 0.15) + 0 + math.log(0.5 / 0.04)
+    assert found.regret == pytest.approx(lost / (3 + 4), rel=1e-6)
+    assert (found.top1, found.agreement, found.examples, found.positions) == (5 / 7, 1, 2, 7)
+
+
 def test_one_end_of_a_text_is_as_good_as_another() -> None:
     assert compared(reference(1, OTHER_END, 3, 4), candidate(1, END, 3, 4)).regret == 0
     ended = compared(reference(1, 7, 3, 4), candidate(1, OTHER_END, 3, 4))  # 8, the other end, is the second likeliest
@@ -70,7 +78,7 @@ def test_what_was_not_told_is_not_compared_but_something_must_be() -> None:
     assert (found.regret, found.positions, found.agreement) == (0, 6, 6 / 8)
     silent = candidate(UNTOLD, UNTOLD, UNTOLD, UNTOLD)
     with pytest.raises(OutputError, match="told no tokens"):
-        compare_tokens([SAME[0]] * 2, [silent] * 2)
+        compare_tokens([], [], [SAME[0]] * 2, [silent] * 2)
     with pytest.raises(OutputError, match="tokens has shape"):
         compared(reference(1, 2), candidate(1, 2, 3))
 
