@@ -12,7 +12,9 @@ from optimize.models.checkpoint import compiles_whole, read_config
 from optimize.models.loading import copy_carried
 from optimize.models.tasks import TASKS
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.memory import FRAMEWORKS, MIB
 
+COMPILER = 500 * MIB  # in the process that runs it
 COMPILING = "compile.json"  # what transformers.CompileConfig is made with: generation_config.json has no place for it
 
 
@@ -42,6 +44,12 @@ class CompileGenerate(Pass):
         if not compiles_whole(checkpoint.architecture, model_type):
             return f"transformers has no {checkpoint.architecture} that compiles with a static cache"
         return None
+
+    def memory(self, checkpoint: Checkpoint) -> int:
+        return FRAMEWORKS  # files are copied
+
+    def extra_memory(self, checkpoint: Checkpoint) -> int:
+        return COMPILER + (checkpoint.weight_bytes if self.freeze else 0)
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         from transformers import AutoConfig, GenerationConfig

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from optimize.passes._ollama import MODELFILE, NAME, OllamaServer, why_not
 from optimize.passes.convert_gguf import MODEL
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.memory import FRAMEWORKS
 
 SHOWN = ("template", "system", "parameters", "capabilities")
 
@@ -33,6 +34,9 @@ class CreateOllama(Pass):
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         return why_not()
+
+    def memory(self, checkpoint: Checkpoint) -> int:
+        return FRAMEWORKS  # the server copies the file
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         shutil.copytree(source.path, out, copy_function=_link, dirs_exist_ok=True)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from optimize.models.loading import copy_carried, load_model
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.memory import FRAMEWORKS
 
 GROUP = 32  # weights of one row that share a four-bit scale
 ROWS = 16  # torch's four-bit kernel takes output features in such blocks
@@ -39,6 +40,14 @@ class QuantizeTorchao(Pass):
         if self.mode == "int4" and "bfloat16" not in target.dtypes:
             return f"torch's four-bit kernel computes in bfloat16, which {target.device} has no arithmetic for"
         return None
+
+    def memory(self, checkpoint: Checkpoint) -> int:
+        return FRAMEWORKS + 2 * checkpoint.weight_bytes + checkpoint.parameters
+
+    def weight_bytes(self, checkpoint: Checkpoint) -> int:
+        outer = checkpoint.dimensions.vocabulary * checkpoint.dimensions.hidden  # embeddings stay as they are
+        stored = checkpoint.weight_bytes // checkpoint.parameters
+        return stored * outer + int(1.13 * checkpoint.parameters)
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         import torch

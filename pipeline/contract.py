@@ -179,6 +179,10 @@ class Pass(ABC):
         """Bytes of the weights in what it makes, about: those of what it reads, unless a pass says otherwise."""
         return checkpoint.weight_bytes
 
+    def extra_memory(self, checkpoint: Checkpoint) -> int:
+        """Bytes that whoever runs what it makes has resident beyond what artifacts of that kind take otherwise."""
+        return 0
+
     @abstractmethod
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         """Fill the empty folder `out`; write nowhere else. Returns coverage and other facts for the manifest."""

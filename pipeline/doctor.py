@@ -10,9 +10,9 @@ from pathlib import Path
 
 from optimize.pipeline.driver import find_target
 from optimize.pipeline.errors import WorkerError
-from optimize.pipeline.plan import installed_version, ollama_version
 from optimize.pipeline.recipe import pass_class, pass_names
 from optimize.pipeline.roofline import measure_peaks
+from optimize.pipeline.versions import installed_version, ollama_version
 from optimize.pipeline.workers import WorkerProcess
 
 LIMIT = 120.0  # seconds for measuring the peaks

@@ -55,6 +55,7 @@ class Request:
         checkpoints = importlib.import_module("optimize.models.checkpoint")
         examples = importlib.import_module("optimize.models.examples")
         tasks = importlib.import_module("optimize.models.tasks")
+        memory = importlib.import_module("optimize.targets.runtimes.memory")
         objective = _objective(self.objective)
         if self.budget is not None:
             parse_budget(self.budget)  # what is wrong in the request itself comes first
@@ -80,6 +81,7 @@ class Request:
             evaluation=f"{len(read.evaluation)} examples of {read.source}, {len(read.calibration)} others to calibrate"
             + (f"; {len(read.questions)} questions of {self.data}" if read.questions else ""),
             calibration_digest=read.calibration_digest if read.calibration else None,
+            running_memory=memory.running_memory,
         )  # fmt: skip
         pooling = tasks.sentence_pooling(checkpoint.folder) if task.name == "sentence-similarity" else None
         labelling = Labelling(read.kind, read.labels, classes) if read.kind is not None else None

@@ -17,15 +17,15 @@ from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Labelling,
 from optimize.pipeline.errors import ArtifactError
 from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.measure import Speed
-from optimize.pipeline.plan import installed_version, ollama_version
 from optimize.pipeline.roofline import Peaks, Roof, Work
 from optimize.pipeline.tokens import TokenAccuracy
 from optimize.pipeline.verdict import Candidate, Throughput
+from optimize.pipeline.versions import installed_version, ollama_version
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-SCHEMA_VERSION = "2.1"
+SCHEMA_VERSION = "2.2"
 FILE = "optimize.json"
 REPORT = "report.json"  # in a run's folder
 RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers",

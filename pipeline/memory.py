@@ -7,6 +7,8 @@ What the factors come from is in docs/measuring.md.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from optimize.pipeline.errors import RequestError
 
@@ -15,6 +17,37 @@ DRIVER = 150 * MIB  # the command itself, which plans, waits and judges
 FRAMEWORKS = 700 * MIB  # a worker that builds: what it imports, and what its last steps left behind
 EAGER = 600 * MIB  # a worker that runs the eager model, without weights
 _UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": MIB, "mib": MIB, "mb": 10**6}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that the worker which builds a recipe has resident at most, and the one that runs its artifact."""
+
+    build: int = 0
+    run: int = 0
+
+    def beside(self, baseline: int) -> int:
+        """Bytes of all processes at once. The baseline is closed for building where both do not fit."""
+        return DRIVER + max(self.build, self.run + baseline)
+
+
+def why_too_large(need: Need, baseline: int, memory: int) -> str | None:
+    """Why a recipe cannot be built, or run beside the baseline, in `memory` bytes; None where it can."""
+    there = f"this host has {memory / GIB:.1f}"
+    if DRIVER + need.build > memory:
+        return f"needs about {gib(DRIVER + need.build)} GiB to build; {there}"
+    if need.beside(baseline) > memory:
+        return f"needs about {gib(need.beside(baseline))} GiB to run beside the baseline; {there}"
+    return None
+
+
+def what_would_fit(needs: Mapping[str, Need], baseline: int, memory: int) -> str:
+    """Of recipes by name: the one that needs least, and whether that is there."""
+    name, need = min(needs.items(), key=lambda item: item[1].beside(baseline))
+    least = f"{name} needs least: about {gib(need.beside(baseline))} GiB"
+    if need.beside(baseline) <= memory:
+        return f"{least}, which fits: --recipe {name}"
+    return f"{least}; run on a host with more memory, or give a smaller checkpoint"
 
 
 def gib(size: int) -> str:

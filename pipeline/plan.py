@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import shutil
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from optimize.pipeline.contract import Cell, Checkpoint, Gates, Pass, Recipe, Target
+from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Pass, Recipe, Target
 from optimize.pipeline.errors import RequestError
-from optimize.pipeline.memory import DRIVER, GIB, gib
+from optimize.pipeline.memory import DRIVER, GIB, Need, gib, what_would_fit, why_too_large
 from optimize.pipeline.recipe import UNCHANGED, parse, pass_text, recipe_text
 from optimize.pipeline.store import Store
+from optimize.pipeline.versions import installed_version
 
 KEY_VERSION = 1  # bump when the meaning of keys changes
 DEFAULT_WORKLOAD = "1x32,1x128,8x128"
 MAX_TOKENS = 1 << 20  # in one cell: more is a typing error, and would only end in an out-of-memory kill
+
+# bytes that running an artifact of that kind takes; the checkpoint's weight_bytes are the artifact's
+RunningMemory = Callable[[Kind, Checkpoint, Sequence[Cell]], int]
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,7 @@ class PlannedRecipe:
 
     recipe: Recipe
     steps: tuple[Step, ...]
-    run_memory: int = 0  # bytes that the worker which runs its artifact has resident at most, by estimate
-
-    @property
-    def build_memory(self) -> int:
-        """The same for the worker that builds it."""
-        return max((step.memory for step in self.steps), default=0)
+    need: Need
 
     @property
     def key(self) -> str:
@@ -67,7 +60,7 @@ class LeftOut:
 
     recipe: Recipe
     reason: str
-    needs: int = 0  # bytes, where that is the reason
+    too_large: bool = False  # for the target's memory
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ class Plan:
 
     def fits_beside_baseline(self, recipes: Iterable[PlannedRecipe]) -> bool:
         """Whether these can be built while the baseline is kept in memory."""
-        building = max((planned.build_memory for planned in recipes), default=0)
+        building = max((planned.need.build for planned in recipes), default=0)
         return DRIVER + self.baseline_memory + building <= self.target.memory
 
     def describe(self, store: Store | None = None) -> str:
@@ -119,7 +112,7 @@ class Plan:
             condition = f" (if {planned.recipe.after} is inaccurate)" if planned.recipe.after else ""
             lines.append(
                 f"{planned.recipe.name:<{width}}  {' -> '.join(steps) or 'the checkpoint as it is'}"
-                f"; {gib(planned.build_memory)} GiB to build, {gib(planned.run_memory)} to run{condition}"
+                f"; {gib(planned.need.build)} GiB to build, {gib(planned.need.run)} to run{condition}"
             )
         lines += [f"left out: {left.recipe.name}: {left.reason}" for left in self.left_out]
         return "\n".join(lines)
@@ -137,6 +130,7 @@ def make_plan(
     evaluation: str = "",
     calibration_digest: str | None = None,
     others: Iterable[Recipe] = (),
+    running_memory: RunningMemory = lambda *_: 0,
 ) -> Plan:
     """Give every step its key and leave out what cannot run, or does not fit into the target's memory.
 
@@ -154,12 +148,12 @@ def make_plan(
     source_key = checkpoint_key(checkpoint)
 
     def with_keys(recipe: Recipe) -> PlannedRecipe:
-        return _planned(recipe, source_key, checkpoint, target, calibration_digest, cells)
+        return _planned(recipe, source_key, checkpoint, target, calibration_digest, cells, running_memory)
 
     planned: list[PlannedRecipe] = []
     left_out: list[LeftOut] = []
     reference = with_keys(parse("cast-dtype{dtype=float32}" if checkpoint.dtype != "float32" else UNCHANGED))
-    baseline = with_keys(parse(UNCHANGED)).run_memory
+    baseline = with_keys(parse(UNCHANGED)).need.run
     _check_reference_fits(reference, baseline, target)
     for recipe in recipes:
         reason = _reason(recipe, checkpoint, target, calibration_digest)
@@ -167,8 +161,8 @@ def make_plan(
             left_out.append(LeftOut(recipe, reason))
             continue
         each = with_keys(recipe)
-        if large := _why_too_large(each, baseline, target):
-            left_out.append(LeftOut(recipe, large, _needs(each, baseline)))
+        if large := why_too_large(each.need, baseline, target.memory):
+            left_out.append(LeftOut(recipe, large, too_large=True))
             continue
         planned.append(each)
     names = [each.recipe.name for each in planned]
@@ -176,17 +170,15 @@ def make_plan(
         raise RequestError("two recipes are the same", hint=f"recipes: {'; '.join(names)}")
     if not planned:
         listed = "; ".join(f"{left.recipe.name}: {left.reason}" for left in left_out)
-        too_large = [left.recipe for left in left_out if left.needs]
-        able = [each for each in others if _reason(each, checkpoint, target, calibration_digest) is None]
-        raise RequestError(
-            f"no recipe can run here ({listed})" if listed else "there are no recipes",
-            hint=_what_would_fit([with_keys(each) for each in (*too_large, *able)], baseline, target)
-            if too_large
-            else None,
-        )
+        hint = None
+        if too_large := [left.recipe for left in left_out if left.too_large]:
+            able = [each for each in others if _reason(each, checkpoint, target, calibration_digest) is None]
+            needs = {each.name: with_keys(each).need for each in (*too_large, *able)}
+            hint = what_would_fit(needs, baseline, target.memory)
+        raise RequestError(f"no recipe can run here ({listed})" if listed else "there are no recipes", hint=hint)
     return Plan(
         checkpoint, source_key, target, tuple(planned), tuple(left_out), cells, gates, budget, evaluation,
-        calibration_digest, next(iter(reference.steps), None), reference.run_memory, baseline,
+        calibration_digest, next(iter(reference.steps), None), reference.need.run, baseline,
     )  # fmt: skip
 
 
@@ -197,50 +189,28 @@ def _planned(
     target: Target,
     calibration_digest: str | None,
     cells: Sequence[Cell],
+    running_memory: RunningMemory,
 ) -> PlannedRecipe:
-    """A recipe with its keys, and with the memory that each of its steps and its artifact take."""
-    from optimize.targets.runtimes.memory import running_memory  # of a layer above, as a request has it
-
+    """A recipe with its keys, and with the memory that its steps and its artifact take."""
     steps: list[Step] = []
-    facts = checkpoint  # what is known of the weights after each step
+    facts, more = checkpoint, 0  # what is known of the weights after each step
     for step in recipe.passes:
         key = step_key(steps[-1].key if steps else source_key, step, checkpoint.task, target, calibration_digest)
         steps.append(Step(step, key, recipe_text(Recipe("", recipe.passes[: len(steps) + 1])), step.memory(facts)))
+        more += step.extra_memory(facts)
         facts = replace(facts, weight_bytes=step.weight_bytes(facts), dtype=step.arithmetic or facts.dtype)
-    return PlannedRecipe(recipe, tuple(steps), running_memory(recipe.produces, facts, cells))
-
-
-def _needs(planned: PlannedRecipe, baseline: int) -> int:
-    """Bytes of all processes at once, at most. The baseline is closed for building where both do not fit."""
-    return DRIVER + max(planned.build_memory, planned.run_memory + baseline)
-
-
-def _why_too_large(planned: PlannedRecipe, baseline: int, target: Target) -> str | None:
-    there = f"this host has {target.memory / GIB:.1f}"
-    if DRIVER + planned.build_memory > target.memory:
-        return f"needs about {gib(DRIVER + planned.build_memory)} GiB to build; {there}"
-    if _needs(planned, baseline) > target.memory:
-        return f"needs about {gib(_needs(planned, baseline))} GiB to run beside the baseline; {there}"
-    return None
+    running = running_memory(recipe.produces, facts, cells) + more
+    return PlannedRecipe(recipe, tuple(steps), Need(max((step.memory for step in steps), default=0), running))
 
 
 def _check_reference_fits(reference: PlannedRecipe, baseline: int, target: Target) -> None:
     """Raise RequestError where nothing could be judged or timed."""
-    needed = DRIVER + max(reference.build_memory, reference.run_memory, baseline)
+    needed = DRIVER + max(reference.need.build, reference.need.run, baseline)
     if needed > target.memory:
         raise RequestError(
             f"the float32 reference needs about {gib(needed)} GiB of memory, this host has {target.memory / GIB:.1f}",
             hint="run on a host with more memory, or give a smaller checkpoint: no recipe is judged without it",
         )
-
-
-def _what_would_fit(able: Sequence[PlannedRecipe], baseline: int, target: Target) -> str:
-    """The recipe that needs least, and whether that is there."""
-    least = min(able, key=lambda each: _needs(each, baseline))
-    needs = f"{least.recipe.name} needs least: about {gib(_needs(least, baseline))} GiB"
-    if _needs(least, baseline) <= target.memory:
-        return f"{needs}, which fits: --recipe {least.recipe.name}"
-    return f"{needs}; run on a host with more memory, or give a smaller checkpoint"
 
 
 def parse_workload(text: str, max_length: int, *, generates: bool = False) -> tuple[Cell, ...]:
@@ -304,32 +274,6 @@ def step_key(source_key: str, step: Pass, task: str, target: Target, calibration
             "calibration": calibration_digest if step.calibrated else None,
         }
     )
-
-
-@cache
-def installed_version(distribution: str) -> str | None:
-    """Version of an installed distribution, from its metadata: asking by import would take seconds."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-@cache
-def ollama_version() -> str | None:
-    """Version of the `ollama` on PATH, or "unknown"; None where there is none. It asks no server."""
-    executable = shutil.which("ollama")
-    if executable is None:
-        return None
-    try:
-        environment = os.environ | {"OLLAMA_HOST": "127.0.0.1:1"}  # where nobody listens: it then names its own
-        done = subprocess.run(
-            [executable, "--version"], capture_output=True, text=True, env=environment, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    found = re.search(r"version is (\S+)\s*$", done.stdout)
-    return found[1] if found else "unknown"
 
 
 def _reason(recipe: Recipe, checkpoint: Checkpoint, target: Target, calibration_digest: str | None) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from optimize.pipeline.contract import Target
-from optimize.pipeline.plan import installed_version
+from optimize.pipeline.versions import installed_version
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 EXPLAINED = 0.5  # share of the time that arithmetic or memory must account for, to be what limits it

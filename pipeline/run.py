@@ -207,7 +207,7 @@ class Run:
 
     def _build(self, planned: PlannedRecipe) -> Candidate:
         candidate = Candidate(planned.recipe.name, planned.text, planned.recipe.produces, Status.NOT_BUILT)
-        candidate.predicted_memory = planned.run_memory
+        candidate.predicted_memory = planned.need.run
         candidate.arithmetic = planned.recipe.arithmetic(self.plan.checkpoint.dtype)
         self.candidates.append(candidate)
         try:

@@ -23,9 +23,12 @@ from optimize.pipeline.metrics import Metric
 from optimize.pipeline.statistics import Interval, ratio_of_sums_interval
 
 UNTOLD = -1  # in place of a token that the runtime did not tell: neither it nor what follows it is compared
-GUESSES = 512  # places of the held text at which a token is asked for, in all windows together
+GUESSES = 256  # places of the held text at which a token is asked for, in all windows together
 PLACES = "places"  # of guesses in a window: the indices of its scored tokens that they stand for
-LOGPROBS, ENDS = "logprobs", "ends"  # what else is known of a continuation: see contract.Generation, pieces.Pieces.ends
+LOGPROBS, TEXT_ENDS = (
+    "logprobs",
+    "ends",
+)  # what else is known of a continuation: see contract.Generation, pieces.Pieces.ends
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class _Compared:
 
 def _compare_window(theirs: Example, ours: Example) -> _Compared:
     regrets = [
-        _regret(theirs, token, place, ours[ENDS])
+        _regret(theirs, token, place, ours[TEXT_ENDS])
         for token, place in zip(ours[TOKENS], ours[PLACES], strict=True)
         if token != UNTOLD
     ]
@@ -100,7 +103,7 @@ def _compare_continuation(theirs: Example, ours: Example) -> _Compared:
     if ours[TOKENS].shape != theirs[TOKENS].shape:
         raise OutputError(f"tokens has shape {ours[TOKENS].shape}, the reference {theirs[TOKENS].shape}")
     told = _leading(ours[TOKENS] != UNTOLD)
-    expected, found, ends = theirs[TOKENS][:told], ours[TOKENS][:told], ours[ENDS]
+    expected, found, ends = theirs[TOKENS][:told], ours[TOKENS][:told], ours[TEXT_ENDS]
     agreed = _leading((found == expected) | (np.isin(found, ends) & np.isin(expected, ends)))
     count = min(agreed + 1, told)
     regret = _regret(theirs, found[agreed], agreed, ends) if agreed < told else 0.0

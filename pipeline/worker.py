@@ -16,65 +16,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from optimize.pipeline.batches import NEW, UNTIMED
+from optimize.pipeline.calls import Call, call_of
 from optimize.pipeline.contract import Artifact, Cell, Context, Kind, Target
+from optimize.pipeline.resident import let_go, peak_memory, reset_peak_memory
 
 PR_SET_PDEATHSIG = 1
 MAX_BATCH, MAX_CALL = 256, 1.0  # of a sweep: rows, seconds
 MAX_GENERATION = 8.0  # seconds of a generation in a sweep
-WARM = 8  # tokens of the prompt that warms up
 GAIN = 1.05  # what a larger batch must bring for the sweep to go on
-
-
-class Call:
-    """What is timed of one batch: a forward pass, or a generation."""
-
-    def __init__(self, session: Any, batch: Mapping[str, Any]) -> None:
-        self.batch = batch
-        self.run: Callable[[], Any] = partial(session.run, batch)
-        self.warm = self.tell = self.run  # untimed: with a few tokens; with what else is known of each token
-        self.prompts: list[Any] = []
-
-    def phases(self, outputs: Any) -> tuple[float, ...]:
-        """Seconds of parts of a call, from what it returned."""
-        return ()
-
-    def renew(self) -> None:
-        """Before each call, untimed: that a runtime has been asked the same before must not help it."""
-
-
-class GenerationCall(Call):
-    """Warmed up by a few tokens: a whole call takes seconds."""
-
-    def __init__(self, session: Any, batch: Mapping[str, Any]) -> None:
-        from optimize.targets.runtimes.generating import generate
-
-        self.batch, self._session = batch, session
-        rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        self.prompts = [row[mask != 0] for row, mask in rows]
-        self.run = partial(generate, session, self.prompts, int(batch[NEW]))
-        self.tell = partial(generate, session, self.prompts, int(batch[NEW]), logprobs=True)
-        self.warm = partial(generate, session, [self.prompts[0][:WARM]], 2)
-
-    def phases(self, outputs: Any) -> tuple[float, ...]:
-        first = outputs.seconds[0]
-        return first, outputs.seconds[-1] - first
-
-    def renew(self) -> None:
-        if hasattr(self._session, "forget"):
-            self._session.forget()
-
-
-def call_of(session: Any, batch: Mapping[str, Any]) -> Call:
-    """The call that a batch stands for; arrays that are no inputs of the session are left out."""
-    if NEW in batch:
-        return GenerationCall(session, batch)
-    return Call(session, {name: batch[name] for name in session.inputs if name in batch})
 
 
 class Worker:
@@ -138,8 +91,8 @@ class Worker:
         instance = parse_pass(step)
         artifact = Artifact(Kind(source["kind"]), Path(source["path"]), source["key"], source["digest"])
         context = Context(task, Target(**target), Path(calibration) if calibration else None)
-        _let_go()
-        _reset_peak_memory()
+        let_go()
+        reset_peak_memory()
         start = time.perf_counter()
         facts = instance.run(artifact, context, Path(out))
         instance.ensures(Path(out))
@@ -151,7 +104,7 @@ class Worker:
         from optimize.targets.runtimes import open_session
 
         batches = [batch for batch in load_batches(Path(cells)) if UNTIMED not in batch]
-        _reset_peak_memory()
+        reset_peak_memory()
         start = time.perf_counter()
         self._session = open_session(Kind(kind), Path(path), task, cores, Path(tokenizer))
         loaded = time.perf_counter()
@@ -233,51 +186,22 @@ class Worker:
         return best
 
     def score(self, windows: str, reference: str | None, out: str, folder: str) -> dict[str, Any]:
-        """Score every window of an .npz (see language.score), at the tokens that the reference's scores name; and
-        answer every question behind them, with the tokenizer in a checkpoint's `folder`.
-        """
-        import numpy as np
+        """See judging.score_windows."""
+        from optimize.pipeline.judging import score_windows
 
-        from optimize.pipeline.batches import load_batches, save_batches
-        from optimize.pipeline.language import IDS, LOSS, score
-        from optimize.pipeline.questions import ANSWERS, CHARACTERS, ENDS, LIKELIHOODS, sequences
+        return score_windows(self._session, windows, reference, out, folder)
 
-        session = self._session
-        batches = load_batches(Path(windows))
-        named = [each.get(IDS) for each in load_batches(Path(reference))] if reference else [None] * len(batches)
-        found = []
-        for batch, ids in zip(batches, named, strict=True):
-            if ENDS in batch:
-                found.append({ANSWERS: np.array(self._answers(batch, Path(folder)), dtype=np.str_)})
-                continue
-            scores = []
-            for tokens, first in sequences(batch):
-                scored = tokens[first:]
-                logits = session.logits(tokens[:-1], len(scored))
-                if problems := _wrong(logits, len(scored)):
-                    return {"problems": problems, "repeat_error": 0.0}
-                scores.append(score(logits, scored, ids))
-                del logits  # before there are the next
-            likelihoods = np.array([-each[LOSS].sum(dtype=np.float64) for each in scores])
-            found.append({LIKELIHOODS: likelihoods} if CHARACTERS in batch else scores[0])
-        save_batches(Path(out), found)
-        tokens = batches[0]["input_ids"]
-        repeat = float(np.abs(session.logits(tokens, 1) - session.logits(tokens, 1)).max())
-        return {"problems": [], "repeat_error": repeat}
+    def guess(self, windows: str, out: str) -> dict[str, Any]:
+        """See judging.guess_tokens."""
+        from optimize.pipeline.judging import guess_tokens
 
-    def _answers(self, batch: Mapping[str, Any], folder: Path) -> list[str]:
-        """What the session writes behind each prompt of a batch, to the end of the line."""
-        from optimize.models.encoding import load_tokenizer
-        from optimize.models.questions import answer_text, is_over
-        from optimize.pipeline.questions import ENDS
-        from optimize.targets.runtimes.generating import write_until
+        return guess_tokens(self._session, windows, out)
 
-        tokenizer, ends = load_tokenizer(folder), batch[ENDS].tolist()
-        prompts = call_of(self._session, batch).prompts
-        written = write_until(
-            self._session, prompts, int(batch[NEW]), lambda tokens: is_over(tokenizer, tokens, ends)
-        )  # fmt: skip
-        return [answer_text(tokenizer, tokens, ends) for tokens in written]
+    def write_on(self, prompts: str, out: str) -> dict[str, Any]:
+        """See judging.write_on."""
+        from optimize.pipeline.judging import write_on
+
+        return write_on(self._session, prompts, out, scores=self.gives_logits())
 
     def gives_logits(self) -> bool:
         """Whether what is open is judged by its logits; else by its tokens alone."""
@@ -288,62 +212,6 @@ class Worker:
         from optimize.models.spelling import spelling_problems
 
         return spelling_problems(Path(folder), self._session)
-
-    def guess(self, windows: str, out: str) -> dict[str, Any]:
-        """In place of `score`, for a session that gives no logits: its next token at places all over every window."""
-        import numpy as np
-
-        from optimize.pipeline.batches import FIRST, load_batches, save_batches
-        from optimize.pipeline.language import TOKENS
-        from optimize.pipeline.tokens import ENDS, GUESSES, PLACES
-
-        session, found = self._session, []
-        batches = [each for each in load_batches(Path(windows)) if FIRST in each and each[FIRST].ndim == 0]  # the text
-        for batch in batches:
-            tokens, first, places = batch["input_ids"], int(batch[FIRST]), list[int]()
-            scored = len(tokens) - first
-            wanted = np.linspace(0, scored, max(GUESSES // len(batches), 1), endpoint=False, dtype=int)
-            for start, end in zip(wanted, [*wanted[1:], scored], strict=True):
-                says = (place for place in range(start, end) if session.says(tokens[: first + place]))
-                places += [place for place in [next(says, None)] if place is not None]
-            guesses = [session.generate([tokens[: first + place]], 1).tokens[0, 0] for place in places]
-            ends = np.array(session.ends, dtype=np.int64)
-            found.append({TOKENS: np.array(guesses, np.int64), PLACES: np.array(places, np.int64), ENDS: ends})
-        save_batches(Path(out), found)
-        return {"problems": [], "repeat_error": 0.0}
-
-    def write_on(self, prompts: str, out: str) -> dict[str, Any]:
-        """Continue every prompt of an .npz greedily, and hold each token against the session's own scoring, if it has
-        one. Else `repeat_error` is the share of the first prompts' tokens that differ the second time.
-        """
-        import numpy as np
-
-        from optimize.pipeline.batches import load_batches, save_batches
-        from optimize.pipeline.language import REGRET, TOKENS, regrets, score
-        from optimize.pipeline.tokens import ENDS, LOGPROBS
-
-        session, scores = self._session, self.gives_logits()
-        found: list[dict[str, Any]] = []
-        calls = [call_of(session, batch) for batch in load_batches(Path(prompts))]
-        # all of them first: some runtimes have one model to generate and another to score, and hold one at a time
-        written = [call.run() if scores else call.tell() for call in calls]
-        for call, made in zip(calls, written, strict=True):
-            expected = (len(call.prompts), int(call.batch[NEW]))
-            if made.tokens.shape != expected:
-                return {"problems": [f"tokens of {made.tokens.shape} for {expected}"], "repeat_error": 0.0}
-            for index, (prompt, tokens) in enumerate(zip(call.prompts, made.tokens, strict=True)):
-                if scores:
-                    logits = session.logits(np.concatenate([prompt, tokens[:-1]]), len(tokens))
-                    found.append(score(logits, tokens) | {TOKENS: tokens, REGRET: regrets(logits, tokens)})
-                else:
-                    ends = np.array(session.ends, dtype=np.int64)
-                    found.append({TOKENS: tokens, LOGPROBS: made.logprobs[index], ENDS: ends})
-        save_batches(Path(out), found)
-        if scores:
-            return {"problems": [], "repeat_error": 0.0}
-        calls[0].renew()
-        first = np.stack([each[TOKENS] for each in found[: len(calls[0].prompts)]])
-        return {"problems": [], "repeat_error": float((calls[0].run().tokens != first).mean())}
 
     def evaluate(self, task: str, pooling: str | None, batches: str, out: str) -> dict[str, Any]:
         """Run every batch of an .npz and write what is judged of each example to another, with peculiarities."""
@@ -408,48 +276,6 @@ def _problems(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> list[str]
         elif not np.isfinite(array).all():
             found.append(f"{name} has {int((~np.isfinite(array)).sum())} values that are NaN or infinite")
     return found
-
-
-def _wrong(logits: Any, tokens: int) -> list[str]:
-    """What is wrong with the logits of one sequence by themselves."""
-    import numpy as np
-
-    if logits.dtype != np.float32 or logits.ndim != 2 or len(logits) != tokens:
-        return [f"logits are {logits.dtype} of {list(logits.shape)} for {tokens} tokens"]
-    bad = int((~np.isfinite(logits)).sum())
-    return [f"logits has {bad} values that are NaN or infinite"] if bad else []
-
-
-def peak_memory() -> int:
-    """Bytes of this process in memory, at most since the last reset, with those of the processes that it started."""
-    import psutil
-
-    if not Path("/proc/self/status").exists():
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    pids = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
-    return sum(map(_peak_of, pids))
-
-
-def _peak_of(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # it has ended
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
-
-
-def _reset_peak_memory() -> None:
-    with suppress(OSError):  # not Linux, or not permitted: the peak is then that of the whole process
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _let_go() -> None:
-    """Give back what earlier steps left, so that the next one does not come on top of it."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # a C library of another kind
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def serve(requests: Any, answers: Any, operations: Worker) -> None:

@@ -20,6 +20,12 @@ from optimize.pipeline.roofline import measure_peaks
 from optimize.targets.cpu import probe
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before any test imports ONNX Runtime
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # a share of the cores for each test process: threads of two on the same cores wait for each other, and take many
+    # times as long (see docs/log.md)
+    index, count = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[index::count] or cores)
 
 # options for tests of everything but speed: tests run side by side, and take each other for foreign load
 QUICK = ("--workload", "1x8,2x16", "--budget", "1s", "--min-speedup", "0.0001", "--max-load", "1")

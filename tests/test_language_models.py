@@ -276,12 +276,12 @@ def test_a_workload_of_the_wrong_kind_is_refused(language_model: Path, tiny: Pat
     assert planned.code == 0 and "1x8+3" in planned.output and "gguf-q4_1" in planned.output
 
 
-def test_a_tokenizer_of_its_own_is_refused(language_model: Path, cli: Cli, tmp_path: Path) -> None:
+def test_a_tokenizer_of_its_own_is_refused(language_model: Path, some_text: Path, cli: Cli, tmp_path: Path) -> None:
     folder = shutil.copytree(language_model, tmp_path / "model")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["normalizer"] = {"type": "Lowercase"}  # which llama.cpp does not do
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    outcome = cli(folder, "--recipe", "gguf-q8_0", *SHORT, "--out", tmp_path / "out")
+    outcome = cli(folder, "--data", some_text, "--recipe", "gguf-q8_0", *SHORT, "--out", tmp_path / "out")
     assert outcome.code == 4, outcome.output
     assert "its tokenizer makes" in outcome.output
 

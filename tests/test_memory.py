@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -97,7 +96,7 @@ def test_running_takes_what_is_predicted(
     with WorkerProcess(tmp_path / "run.log") as runner:
         runner.ask(
             "open", limit=300, kind=kind, path=str(artifact), task="text-generation", cores=2,
-            cells=str(tmp_path / "cells.npz"),
+            cells=str(tmp_path / "cells.npz"), tokenizer=str(sharded),
         )  # fmt: skip
         runner.ask("score", limit=300, windows=str(tmp_path / "evaluation.npz"), reference=None,
                    out=str(tmp_path / "scores.npz"))  # fmt: skip

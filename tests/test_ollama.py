@@ -22,12 +22,14 @@ from optimize.models.pieces import Pieces
 from optimize.passes import _ollama
 from optimize.passes.convert_gguf import ConvertGguf
 from optimize.passes.create_ollama import CreateOllama
-from optimize.pipeline import tokens
+from optimize.pipeline import judging
 from optimize.pipeline.batches import FIRST, NEW, UNTIMED, load_batches, save_batches
+from optimize.pipeline.calls import call_of
 from optimize.pipeline.contract import Artifact, Cell, Context, Gates, Kind
 from optimize.pipeline.errors import RequestError
+from optimize.pipeline.resident import _peak_of, peak_memory
 from optimize.pipeline.tokens import compare_tokens, why_tokens_rejected
-from optimize.pipeline.worker import Worker, _peak_of, call_of, peak_memory
+from optimize.pipeline.worker import Worker
 from optimize.targets.cpu import probe
 from optimize.targets.runtimes import llamacpp
 from optimize.targets.runtimes.eager import open_session as open_eager
@@ -248,7 +250,7 @@ def test_guesses_are_the_likeliest_tokens_of_held_text(
     session: OllamaSession, gguf: Artifact, language_model: Path, some_text: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(tokens, "GUESSES", 12)
+    monkeypatch.setattr(judging, "GUESSES", 12)
     rows = [json.loads(line) for line in some_text.read_text(encoding="utf-8").splitlines()]
     windows = encode_windows(language_model, rows, 64)[:3]
     save_batches(tmp_path / "windows.npz", windows)

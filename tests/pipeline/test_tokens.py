@@ -10,7 +10,15 @@ from optimize.pipeline.contract import Gates, Kind
 from optimize.pipeline.errors import OutputError
 from optimize.pipeline.language import IDS, LOGS, TOKENS
 from optimize.pipeline.manifest import adapter
-from optimize.pipeline.tokens import ENDS, LOGPROBS, PLACES, UNTOLD, TokenAccuracy, compare_tokens, why_tokens_rejected
+from optimize.pipeline.tokens import (
+    LOGPROBS,
+    PLACES,
+    TEXT_ENDS,
+    UNTOLD,
+    TokenAccuracy,
+    compare_tokens,
+    why_tokens_rejected,
+)
 from optimize.pipeline.verdict import Candidate, Status
 
 END, OTHER_END = 8, 9
@@ -25,7 +33,7 @@ def reference(*tokens: int) -> dict[str, Any]:
 
 
 def candidate(*tokens: int, told: float = math.nan) -> dict[str, Any]:
-    return {TOKENS: np.array(tokens), LOGPROBS: np.full(len(tokens), told), ENDS: np.array([END, OTHER_END])}
+    return {TOKENS: np.array(tokens), LOGPROBS: np.full(len(tokens), told), TEXT_ENDS: np.array([END, OTHER_END])}
 
 
 SAME = (reference(1, 2, 3, 4), candidate(1, 2, 3, 4))
