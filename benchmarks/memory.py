@@ -20,7 +20,7 @@ from optimize.pipeline.manifest import host_of
 from optimize.targets.cpu import probe
 
 RECIPES = ("eager-bf16", "openvino", "openvino-bf16", "openvino-int8-weights", "openvino-int4", "gguf-bf16",
-           "gguf-q8_0", "gguf-q4_1")  # fmt: skip
+           "gguf-q8_0", "gguf-q4_1", "genai-int8", "torchao-int8-weights-compiled", "compiled-bf16")  # fmt: skip
 SLOW = {"2": ("openvino-int4",)}  # over three minutes to build
 SIZES = {
     "0.1": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12},
@@ -119,10 +119,12 @@ def make(folder: Path, name: str) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=["<s>", "</s>"],
+    trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=["<s>", "</s>", "<pad>"],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
     tokenizer.train_from_iterator([SHIPPED.read_text(encoding="utf-8")], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -76,9 +76,12 @@ def support_page() -> str:
     parts.append("## Targets\n")
     modules = [(name, importlib.import_module(f"optimize.targets.{name.replace('-', '_')}")) for name in target_names()]
     rows = [
-        (f"`{name}`{what}", "<br>".join(_recipe(module, recipe, texts[recipe]) for recipe in texts))
+        (f"`{name}`{what}", "<br>".join(_recipe(module, recipe, text, later) for recipe, text in texts.items()))
         for name, module in modules
-        for what, texts in (("", module.RECIPES), (", language models", module.GENERATING))
+        for what, texts, later in (
+            ("", module.RECIPES, frozenset()),
+            (", language models", module.GENERATING, module.BY_NAME),
+        )
     ]
     parts.append(_table(("target", "recipes"), rows))
     parts.append("## Tasks\n")
@@ -130,9 +133,10 @@ def _bad_input() -> ModuleType:
     return sys.modules["tests.bad_input"]
 
 
-def _recipe(module: ModuleType, name: str, text: str) -> str:
+def _recipe(module: ModuleType, name: str, text: str, by_name: frozenset[str]) -> str:
     after = module.RECOVERIES.get(name)
-    return f"{name}: `{text}`" + (f", if {after} is inaccurate" if after else "")
+    when = f", if {after} is inaccurate" if after else ", if asked for by name" if name in by_name else ""
+    return f"{name}: `{text}`{when}"
 
 
 def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -51,7 +51,7 @@ class Weights:
     parameters: int  # number of tensor elements
     bytes: int  # tensor bytes as stored
     dtype: str  # the torch dtype that holds most elements: "float32", "bfloat16", ...
-    largest: int = 0  # elements of the largest tensor
+    largest: int  # elements of the largest tensor
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,7 @@ class Recipe:
     name: str
     passes: tuple[Pass, ...]
     after: str = ""  # the name of another recipe: this one is built only where that one proves inaccurate
+    default: bool = True  # tried where no recipe is asked for; else only by its name
 
     @property
     def produces(self) -> Kind:

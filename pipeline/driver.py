@@ -91,14 +91,15 @@ class Request:
         )  # fmt: skip
         return Planned(plan, texts, Store(cache / "store"), cache, out, objective)
 
-    def _recipes(self, defaults: Sequence[Recipe]) -> Sequence[Recipe]:
-        """Those that were asked for, by name or as text; else the target's own."""
-        named = {recipe.name: replace(recipe, after="") for recipe in defaults}
+    def _recipes(self, offered: Sequence[Recipe]) -> Sequence[Recipe]:
+        """Those that were asked for, by the target's names or as text; else the target's defaults."""
+        named = {recipe.name: replace(recipe, after="") for recipe in offered}
         try:
-            return [named.get(text) or parse(text) for text in self.recipes] or defaults
+            asked = [named.get(text) or parse(text) for text in self.recipes]
         except RequestError as error:
             hint = f"{error.hint or 'see optimize passes'}; recipes of this target: {', '.join(named)}"
             raise RequestError(error.message, hint=hint) from None
+        return asked or [recipe for recipe in offered if recipe.default]
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,7 @@ from optimize.pipeline.statistics import Interval, ratio_of_sums_interval
 UNTOLD = -1  # in place of a token that the runtime did not tell: neither it nor what follows it is compared
 GUESSES = 256  # places of the held text at which a token is asked for, in all windows together
 PLACES = "places"  # of guesses in a window: the indices of its scored tokens that they stand for
-LOGPROBS, TEXT_ENDS = (
-    "logprobs",
-    "ends",
-)  # what else is known of a continuation: see contract.Generation, pieces.Pieces.ends
+LOGPROBS, TEXT_ENDS = "logprobs", "ends"  # of a continuation: see contract.Generation, pieces.Pieces.ends
 
 
 @dataclass(frozen=True)

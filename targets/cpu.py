@@ -67,6 +67,11 @@ GENERATING = {  # for language models
     "torchao-int8-weights-compiled": "cast-dtype,quantize-torchao{mode=weights},compile-generate",
     "torchao-int4-compiled": "cast-dtype,quantize-torchao{mode=int4},compile-generate",
 }
+# tried only by name: benchmarks/README.md shows what beats each of them everywhere, or that it is too inaccurate
+BY_NAME = frozenset({
+    "openvino", "openvino-bf16", "openvino-int8-weights-bf16", "openvino-int4-bf16", "gguf-bf16", "gguf-q4_0", "genai",
+    "torchao-int8", "torchao-int4", "compiled", "torchao-int8-compiled", "eager-bf16",
+})  # fmt: skip
 # recipe -> the one that must have proved inaccurate before this one, which keeps more in floating point, is built
 RECOVERIES = {
     "openvino-int8-keep1": "openvino-int8",
@@ -100,8 +105,9 @@ def probe() -> Target:
 
 def recipes(checkpoint: Checkpoint, target: Target) -> tuple[Recipe, ...]:
     """The candidates, cheapest first. A pass that cannot run here says so in the plan."""
-    texts = GENERATING if TASKS[checkpoint.task].generates else RECIPES
-    return tuple(replace(parse(text, name), after=RECOVERIES.get(name, "")) for name, text in texts.items())
+    if TASKS[checkpoint.task].generates:
+        return tuple(replace(parse(text, name), default=name not in BY_NAME) for name, text in GENERATING.items())
+    return tuple(replace(parse(text, name), after=RECOVERIES.get(name, "")) for name, text in RECIPES.items())
 
 
 def peaks(target: Target) -> dict[str, Any]:

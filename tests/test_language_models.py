@@ -273,6 +273,8 @@ def test_a_workload_of_the_wrong_kind_is_refused(language_model: Path, tiny: Pat
     assert "is not BATCHxPROMPT+NEW" in cli(language_model, "--workload", "1x8", "--dry-run").output
     assert "is not BATCHxTOKENS" in cli(tiny, "--workload", "1x8+3", "--dry-run").output
     planned = cli(language_model, "--workload", "1x8+3", "--dry-run")
+    assert "openvino-int8-weights " in planned.output and "openvino-bf16 " not in planned.output
+    assert "openvino-bf16 " in cli(language_model, "--recipe", "openvino-bf16", *SHORT, "--dry-run").output
     assert planned.code == 0 and "1x8+3" in planned.output and "gguf-q4_1" in planned.output
 
 

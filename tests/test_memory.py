@@ -99,7 +99,7 @@ def test_running_takes_what_is_predicted(
             cells=str(tmp_path / "cells.npz"), tokenizer=str(sharded),
         )  # fmt: skip
         runner.ask("score", limit=300, windows=str(tmp_path / "evaluation.npz"), reference=None,
-                   out=str(tmp_path / "scores.npz"))  # fmt: skip
+                   out=str(tmp_path / "scores.npz"), folder=str(sharded))  # fmt: skip
         peak = runner.ask("memory", limit=300)
     assert peak <= running_memory(kind, checkpoint, [Cell(*cell) for cell in CELLS]) <= MOST * peak
 

@@ -58,7 +58,9 @@ def refusal(folder: Path) -> CheckpointError:
 
 def test_counts_a_single_file(tmp_path: Path) -> None:
     good(tmp_path)
-    assert inspect_weights(tmp_path) == Weights((SINGLE,), parameters=11, bytes=6 * 4 + 5 * 8, dtype="float32")
+    assert inspect_weights(tmp_path) == Weights(
+        (SINGLE,), parameters=11, bytes=6 * 4 + 5 * 8, dtype="float32", largest=6
+    )
 
 
 def test_counts_the_demo_model() -> None:
@@ -76,7 +78,9 @@ def test_every_dtype_that_safetensors_writes_has_its_torch_name(tmp_path: Path, 
     save_file({"a": tensor}, tmp_path / SINGLE)
     assert f'"{dtype}"'.encode() in (tmp_path / SINGLE).read_bytes()
     packed = 2 if dtype == "F4" else 1  # torch counts pairs
-    assert inspect_weights(tmp_path) == Weights((SINGLE,), tensor.numel() * packed, tensor.nbytes, name)
+    assert inspect_weights(tmp_path) == Weights(
+        (SINGLE,), tensor.numel() * packed, tensor.nbytes, name, tensor.numel() * packed
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,7 +146,7 @@ def test_accepts_what_save_pretrained_writes(tmp_path: Path, shard_size: str) ->
 
 def test_adds_up_shards(tmp_path: Path) -> None:
     sharded(tmp_path)
-    assert inspect_weights(tmp_path) == Weights(("m-1.safetensors", "m-2.safetensors"), 5, 20, "float32")
+    assert inspect_weights(tmp_path) == Weights(("m-1.safetensors", "m-2.safetensors"), 5, 20, "float32", 3)
 
 
 def test_prefers_the_single_file_to_the_index(tmp_path: Path) -> None:
@@ -165,7 +169,7 @@ def test_a_huge_file_answers_at_once(tmp_path: Path) -> None:
         file.write(header)
         file.truncate(len(header) + size)  # sparse
     start = time.monotonic()
-    assert inspect_weights(tmp_path) == Weights((SINGLE,), size // 2, size, "bfloat16")
+    assert inspect_weights(tmp_path) == Weights((SINGLE,), size // 2, size, "bfloat16", size // 2)
     assert time.monotonic() - start < 2
 
 

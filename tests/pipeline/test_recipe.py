@@ -12,7 +12,7 @@ import pytest
 from optimize.pipeline.contract import Artifact, Context, Kind, Pass, Recipe
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.recipe import parse, parse_pass, pass_class, pass_names, pass_text, recipe_text
-from optimize.targets.cpu import RECIPES
+from optimize.targets.cpu import BY_NAME, GENERATING, RECIPES
 from tests.conftest import Install
 
 OPTIONS = """
@@ -34,6 +34,10 @@ class Options(Base):
 def options(third_party: Install) -> type[Pass]:
     third_party(OPTIONS, {"options": "Options"})
     return pass_class("options")
+
+
+def test_what_is_tried_only_by_name_is_a_recipe_and_others_are_left() -> None:
+    assert GENERATING.keys() > BY_NAME
 
 
 @pytest.mark.parametrize("name", RECIPES)
