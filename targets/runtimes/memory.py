@@ -20,8 +20,8 @@ RESIDENT = {
     Kind.AOTI: (EAGER, 2.0),
     Kind.ONNX: (500 * MIB, 2.0),
     Kind.OPENVINO: (500 * MIB, 2.2),
-    Kind.GGUF: (300 * MIB, 2.0),
-    Kind.OLLAMA: (400 * MIB, 2.0),  # its server among it
+    Kind.GGUF: (150 * MIB, 2.0),
+    Kind.OLLAMA: (300 * MIB, 2.0),  # its server among it
     Kind.GENAI: (500 * MIB, 2.2),
 }
 LOGITS = 4  # copies of a window's logits, while it is scored
