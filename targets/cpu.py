@@ -69,8 +69,8 @@ GENERATING = {  # for language models
 }
 # tried only by name: benchmarks/README.md shows what beats each of them everywhere, or that it is too inaccurate
 BY_NAME = frozenset({
-    "openvino", "openvino-bf16", "openvino-int8-weights-bf16", "openvino-int4-bf16", "gguf-bf16", "gguf-q4_0", "genai",
-    "torchao-int8", "torchao-int4", "compiled", "torchao-int8-compiled", "eager-bf16",
+    "eager-bf16", "openvino", "openvino-bf16", "openvino-int4-bf16", "gguf-bf16", "gguf-q4_0", "genai", "compiled",
+    "torchao-int8", "torchao-int4", "torchao-int8-compiled", "torchao-int8-weights-compiled", "torchao-int4-compiled",
 })  # fmt: skip
 # recipe -> the one that must have proved inaccurate before this one, which keeps more in floating point, is built
 RECOVERIES = {
