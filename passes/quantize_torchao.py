@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from optimize.models.casting import align_weights
 from optimize.models.loading import copy_carried, load_model
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
@@ -27,7 +28,7 @@ class QuantizeTorchao(Pass):
     name: ClassVar = "quantize-torchao"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.CHECKPOINT
-    version: ClassVar = 1
+    version: ClassVar = 2
     tools: ClassVar = ("torch", "torchao", "transformers", "safetensors")
 
     mode: Literal["int8", "weights", "int4"] = "int8"
@@ -82,6 +83,8 @@ class QuantizeTorchao(Pass):
         model.hf_quantizer = AutoHfQuantizer.from_config(model.config.quantization_config)
         copy_carried(source.path, out)
         model.save_pretrained(out)
+        for path in out.glob("*.safetensors"):
+            align_weights(path)
         return {"quantized": len(chosen), "eligible": len(linear), "left": left, "share_of_layers": round(share, 3)}
 
     def _takes(self, layer: Any, is_head: bool) -> bool:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimize.models import casting
-from optimize.models.casting import cast_weights
+from optimize.models.casting import ALIGNMENT, align_weights, cast_weights
 from optimize.models.loading import cast_checkpoint, load_model
 from optimize.models.weights import INDEX, inspect_weights
 from tests.conftest import MakeCheckpoint
@@ -34,6 +34,23 @@ def test_values_are_those_of_torch(dtype: str, piece: int, tmp_path: Path, monke
         assert torch.equal(found[name].nan_to_num(0), wanted.nan_to_num(0)), name
         assert found[name].data_ptr() % found[name].itemsize == 0
     assert not (tmp_path / "out" / INDEX).exists()
+
+
+def test_round_sizes_are_aligned_whatever_lies_between(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(MIXED | {"a": torch.ones(3, 64, dtype=torch.int8), "z": torch.ones(2, 32)}, path, metadata={"some": "x"})
+    before = load_file(path)
+    align_weights(path)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert header["__metadata__"] == {"some": "x"} and sorted(tmp_path.iterdir()) == [path]
+    assert all((8 + length + header[name]["data_offsets"][0]) % ALIGNMENT == 0 for name in ("a", "z", "empty"))
+    found = load_file(path)
+    assert found.keys() == before.keys()
+    for name, tensor in before.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name].nan_to_num(0), tensor.nan_to_num(0))
+        assert found[name].data_ptr() % found[name].itemsize == 0
 
 
 def test_shards_stay_shards(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

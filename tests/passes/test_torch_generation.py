@@ -113,6 +113,16 @@ def test_weights_are_quantized_when_opened(folders: dict[str, Path]) -> None:
     assert {key for key, kind in int4.items() if kind != "Int4OpaqueTensor"} == {"model.embed_tokens.weight"}  # tied
 
 
+@pytest.mark.parametrize("name", ["int8", "weights", "int4"])
+def test_quantized_weights_lie_where_vectors_can_read_them(name: str, folders: dict[str, Path]) -> None:
+    for path in folders[name].glob("*.safetensors"):
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        tensors = json.loads(data[8 : 8 + length])
+        begins = [8 + length + tensors[key]["data_offsets"][0] for key in tensors if key.endswith("qdata")]
+        assert begins and not any(begin % 16 for begin in begins)
+
+
 @torch._inductor.config.patch(force_disable_caches=True)  # what an earlier run left is no part of this one
 def test_a_compiled_step_gives_the_eager_tokens(
     folders: dict[str, Path], plain: dict[str, dict[str, np.ndarray]]
