@@ -16,6 +16,7 @@ from optimize.pipeline.memory import FRAMEWORKS, MIB
 
 IR = "openvino_model.xml"
 TOKENIZERS = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")
+OPERATION = "ScaledDotProductAttention"
 RUNTIME_OPTIONS = "runtime.json"  # properties that the runtime compiles the model with; OpenVINO has no place for them
 
 LAYER = 8 * MIB  # of a traced layer's operations
@@ -31,7 +32,7 @@ class ConvertOpenvino(Pass):
     name: ClassVar = "convert-openvino"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.OPENVINO
-    version: ClassVar = 2
+    version: ClassVar = 3
     tools: ClassVar = ("torch", "transformers", "openvino")
 
     @property
@@ -61,11 +62,12 @@ class ConvertOpenvino(Pass):
         else:
             config = OpenVINOConfig(dynamic=True, dynamic_shapes=dynamic_shapes(source.path, inputs))
         program = OpenVINOExporter().export(model, inputs, config=config).program
+        repeats = spell_out_repeats(program)
         openvino.save_model(program, out / IR, compress_to_fp16=False)
         write_runtime_options(out, "f32")
         if TASKS[context.task].generates:
             save_tokenizers(source.path, out)
-        return {"operations": len(program.get_ordered_ops())}
+        return {"operations": len(program.get_ordered_ops()), "repeated_heads": repeats}
 
     def ensures(self, out: Path) -> None:
         import openvino
@@ -73,6 +75,37 @@ class ConvertOpenvino(Pass):
         for port in openvino.Core().read_model(out / IR).inputs:
             if not all(dimension.is_dynamic for dimension in port.partial_shape):
                 raise ValueError(f"{port.any_name} has a fixed shape {port.partial_shape}")
+
+
+def spell_out_repeats(program: Any) -> int:
+    """Repeat heads of keys and values, which several heads of queries share, by constants; how often that was done.
+
+    The exporter computes the shapes of `expand` in the graph, where they hide how often a head is repeated: OpenVINO
+    then spells attention out, with a copy of the cache at every step, in place of its one operation.
+    """
+    import numpy as np
+    from openvino import opset13
+
+    found = 0
+    for attention in (node for node in program.get_ordered_ops() if node.get_type_name() == OPERATION):
+        for port in (attention.input(1), attention.input(2)):
+            flat = port.get_source_output().get_node()
+            repeat = flat.input_value(0).get_node() if flat.get_type_name() == "Reshape" else flat
+            if repeat.get_type_name() != "Broadcast":
+                continue
+            grouped = repeat.input_value(0)  # [batch, heads, 1, sequence, width]
+            before, after = grouped.get_partial_shape(), flat.output(0).get_partial_shape()
+            known = len(before) == 5 and all(each.is_static for each in (before[1], before[2], before[4], after[1]))
+            if not known or before[2].get_length() != 1:
+                continue
+            heads, all_heads = before[1].get_length(), after[1].get_length()
+            times = opset13.constant(np.array([1, 1, all_heads // heads, 1, 1]))
+            shape = opset13.constant(np.array([0, all_heads, -1, before[4].get_length()]))
+            repeated = opset13.broadcast(grouped, times, broadcast_spec="BIDIRECTIONAL")
+            port.replace_source_output(opset13.reshape(repeated, shape, special_zero=True).output(0))
+            found += 1
+    program.validate_nodes_and_infer_types()
+    return found
 
 
 def save_tokenizers(folder: Path, out: Path) -> None:
