@@ -35,7 +35,7 @@ class HintOpenvino(Pass):
         return None if dtype in target.dtypes else f"{target.device} has no {dtype} arithmetic"
 
     def memory(self, checkpoint: Checkpoint) -> int:
-        return FRAMEWORKS + int(1.1 * checkpoint.weight_bytes)  # mapped, and written constant by constant
+        return FRAMEWORKS + int(1.5 * checkpoint.weight_bytes)  # mapped, and written constant by constant
 
     def weight_bytes(self, checkpoint: Checkpoint) -> int:
         return min(checkpoint.weight_bytes, 2 * checkpoint.parameters)
