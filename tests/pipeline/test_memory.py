@@ -89,7 +89,6 @@ def test_what_does_not_fit_is_left_out_with_its_bytes(plan_in: MakePlan) -> None
     assert f"GiB to run beside the baseline; this host has {least}" in reasons[TEXTS[0]]
     quantized = plan_in(64).recipes[1].need
     too_little = (DRIVER + quantized.build) / GIB - 0.1
-    assert quantized.beside(plan.baseline_memory) > DRIVER + quantized.build  # so there is either reason
     with pytest.raises(RequestError, match=rf"GiB to build; this host has {too_little:.1f}"):
         plan_in(too_little, TEXTS[1])
 
