@@ -33,12 +33,10 @@ TASK = "text-generation"
 NEWS = "lee_background.cor"
 NEW, WINDOW = 32, 512
 # of the CPU's: those that can win here, and what they are held against
-RECIPES = ("gguf-q8_0", "genai-int8", "openvino-int8-weights", "gguf-q4_1", "openvino-int4",
-           "torchao-int8-weights-compiled", "compiled-bf16")  # fmt: skip
+RECIPES = ("openvino-int8-weights-smooth", "openvino-int8-weights", "openvino-int8-weights-bf16", "genai-int8",
+           "gguf-q8_0", "gguf-q4_1", "compiled-bf16", "torchao-int8-weights-compiled")  # fmt: skip
 # what each tool's users get by its command line; see peers/language/peer_passes.py
-PEERS = (
-    "peer-optimum-intel", "peer-optimum-intel{weights=int4}", "peer-olive", "peer-olive{precision=int4}",
-)  # fmt: skip
+PEERS = ("peer-optimum-intel", "peer-olive")
 PROMPTS = (
     "The capital of France is", "Water boils at a temperature of", "In 1969, the first people on the moon",
     "To bake bread you need flour,", "def fibonacci(n):\n", "The opposite of hot is", "Once upon a time, in a village",
@@ -73,7 +71,7 @@ def perplexity(session: Any, tokens: Any) -> dict[str, float]:
 def run(checkpoint: Path, report: Path, budget: str, cache: Path) -> None:
     """RECIPES and PEERS, in one run."""
     recipes = [word for name in (*RECIPES, *PEERS) for word in ("--recipe", name)]
-    peers = str(Path(__file__).parent / "peers" / "language")
+    peers = os.pathsep.join([str(Path(__file__).parent / "peers" / "language"), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as folder:
         words = [checkpoint, "--max-drop", "0.03", "--budget", budget, *recipes, "--cache", cache, "--json", report]
         subprocess.run(

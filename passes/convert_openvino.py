@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 from optimize.models.encoding import load_tokenizer
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
 from optimize.models.tasks import TASKS
+from optimize.passes._openvino_rewrites import spell_out_repeats
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
 from optimize.pipeline.memory import FRAMEWORKS, MIB
 
 IR = "openvino_model.xml"
 TOKENIZERS = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")
-OPERATION = "ScaledDotProductAttention"
 RUNTIME_OPTIONS = "runtime.json"  # properties that the runtime compiles the model with; OpenVINO has no place for them
 
 LAYER = 8 * MIB  # of a traced layer's operations
@@ -77,37 +77,6 @@ class ConvertOpenvino(Pass):
                 raise ValueError(f"{port.any_name} has a fixed shape {port.partial_shape}")
 
 
-def spell_out_repeats(program: Any) -> int:
-    """Repeat heads of keys and values, which several heads of queries share, by constants; how often that was done.
-
-    The exporter computes the shapes of `expand` in the graph, where they hide how often a head is repeated: OpenVINO
-    then spells attention out, with a copy of the cache at every step, in place of its one operation.
-    """
-    import numpy as np
-    from openvino import opset13
-
-    found = 0
-    for attention in (node for node in program.get_ordered_ops() if node.get_type_name() == OPERATION):
-        for port in (attention.input(1), attention.input(2)):
-            flat = port.get_source_output().get_node()
-            repeat = flat.input_value(0).get_node() if flat.get_type_name() == "Reshape" else flat
-            if repeat.get_type_name() != "Broadcast":
-                continue
-            grouped = repeat.input_value(0)  # [batch, heads, 1, sequence, width]
-            before, after = grouped.get_partial_shape(), flat.output(0).get_partial_shape()
-            known = len(before) == 5 and all(each.is_static for each in (before[1], before[2], before[4], after[1]))
-            if not known or before[2].get_length() != 1:
-                continue
-            heads, all_heads = before[1].get_length(), after[1].get_length()
-            times = opset13.constant(np.array([1, 1, all_heads // heads, 1, 1]))
-            shape = opset13.constant(np.array([0, all_heads, -1, before[4].get_length()]))
-            repeated = opset13.broadcast(grouped, times, broadcast_spec="BIDIRECTIONAL")
-            port.replace_source_output(opset13.reshape(repeated, shape, special_zero=True).output(0))
-            found += 1
-    program.validate_nodes_and_infer_types()
-    return found
-
-
 def save_tokenizers(folder: Path, out: Path) -> None:
     """The checkpoint's tokenizer as two graphs, which openvino-genai runs."""
     import openvino
@@ -123,10 +92,10 @@ def carry_tokenizers(folder: Path, out: Path) -> None:
         shutil.copyfile(path, out / path.name)
 
 
-def write_runtime_options(out: Path, precision: str) -> None:
+def write_runtime_options(out: Path, precision: str, **more: int) -> None:
     """Write down all that the gate runs it with, but for the number of threads; `precision` is "f32" or "bf16".
 
     Always: left to itself, OpenVINO runs a float32 model in bfloat16 wherever the processor can.
     """
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision, **more}
     (out / RUNTIME_OPTIONS).write_text(json.dumps(options))

@@ -10,22 +10,25 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from optimize.models.tasks import TASKS
+from optimize.passes._openvino_rewrites import merge_products, shared_scale, smooth_activations
 from optimize.passes._sensitivity import SAMPLES, check_options, noisiest
 from optimize.passes.convert_openvino import IR, carry_tokenizers, write_runtime_options
 from optimize.pipeline.batches import Encoded, load_batches
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.errors import RequestError
 from optimize.pipeline.memory import FRAMEWORKS
 
 # how much of an outlying activation channel moves into the weights: NNCF's own 0.95 leaves them too coarse
 SMOOTHING = 0.85
-WINDOWS = 16  # of calibration text that scales of int4 are estimated on
+WINDOWS = 16  # of calibration text that int4's scales are estimated on, and activations smoothed
 
 
 @dataclass(frozen=True)
 class QuantizeOpenvino(Pass):
     """NNCF post-training quantization with SmoothQuant, and a bias correction of our own (see `_correct_bias`).
 
-    `keep` leaves that many matrix products in floating point: those whose inputs int8 represents worst.
+    `keep` leaves that many matrix products in floating point: those whose inputs int8 represents worst. `smooth` is for
+    int8 weights of language models: OpenVINO quantizes more activations by one scale then, which is faster.
     Raises RuntimeError when nothing was quantized.
     Source: https://docs.openvino.ai (NNCF post-training quantization, weight compression)
     """
@@ -33,20 +36,23 @@ class QuantizeOpenvino(Pass):
     name: ClassVar = "quantize-openvino"
     accepts: ClassVar = Kind.OPENVINO
     produces: ClassVar = Kind.OPENVINO
-    version: ClassVar = 3
+    version: ClassVar = 4
     tools: ClassVar = ("openvino", "nncf")
 
     mode: Literal["static", "weights", "int4"] = "static"
     samples: int = 128
     keep: int = 0
     group: int = 32  # of mode int4: weights that share a scale
+    smooth: bool = False  # of mode weights
 
     def __post_init__(self) -> None:
+        if self.smooth and self.mode != "weights":
+            raise RequestError(f"{self.name}: smooth is for mode=weights alone")
         check_options(self.name, samples=self.samples, keep=self.keep, ranks=self.mode == "static")
 
     @property
     def calibrated(self) -> bool:
-        return self.mode != "weights"
+        return self.mode != "weights" or self.smooth
 
     @property
     def arithmetic(self) -> str | None:
@@ -55,11 +61,13 @@ class QuantizeOpenvino(Pass):
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         if self.mode == "static" and TASKS[checkpoint.task].generates:
             return "int8 activations of language models are not written yet: mode=weights or mode=int4"
+        if self.smooth and not TASKS[checkpoint.task].generates:
+            return "smooth is for language models"
         return None
 
     def memory(self, checkpoint: Checkpoint) -> int:
         # what is read is mapped, and compiled for the calibration; what is written is whole in memory
-        copies = {"weights": 1.5, "int4": 3.0, "static": 4.0}[self.mode]
+        copies = {"weights": 3.0 if self.smooth else 1.5, "int4": 3.0, "static": 4.0}[self.mode]
         return FRAMEWORKS + int(copies * 4 * checkpoint.parameters)
 
     def weight_bytes(self, checkpoint: Checkpoint) -> int:
@@ -76,7 +84,13 @@ class QuantizeOpenvino(Pass):
         model = openvino.Core().read_model(source.path / IR)
         eligible = _count(model, is_matmul_of_weights)
         kept: list[str] = []
+        facts: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if self.mode == "weights":
+            if self.smooth:
+                facts["smoothed"] = smooth_activations(model, _feeds(model, context.calibration)[:WINDOWS])
+                count = shared_scale(model) if facts["smoothed"] else None
+                options = {} if count is None else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": count}
             model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
         elif self.mode == "int4":
             model = nncf.compress_weights(
@@ -98,10 +112,12 @@ class QuantizeOpenvino(Pass):
         quantized = _count(model, _is_matmul_of_int8)
         if not quantized:
             raise RuntimeError(f"none of {eligible} matrix products was quantized")
+        if self.mode == "weights" and TASKS[context.task].generates:
+            facts["merged"] = merge_products(model)
         openvino.save_model(model, out / IR, compress_to_fp16=False)
-        write_runtime_options(out, "f32")
+        write_runtime_options(out, "f32", **options)
         carry_tokenizers(source.path, out)
-        return {"quantized": quantized, "eligible": eligible, "kept": kept}
+        return {"quantized": quantized, "eligible": eligible, "kept": kept, **facts}
 
 
 def _feeds(model: Any, calibration: Path | None) -> list[Encoded]:

@@ -46,6 +46,7 @@ GENERATING = {  # for language models
     "openvino": "convert-openvino",
     "openvino-bf16": "convert-openvino,hint-openvino",
     "openvino-int8-weights": "convert-openvino,quantize-openvino{mode=weights}",
+    "openvino-int8-weights-smooth": "convert-openvino,quantize-openvino{mode=weights;smooth=true}",
     "openvino-int8-weights-bf16": "convert-openvino,quantize-openvino{mode=weights},hint-openvino",
     "openvino-int4": "convert-openvino,quantize-openvino{mode=int4}",
     "openvino-int4-bf16": "convert-openvino,quantize-openvino{mode=int4},hint-openvino",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -294,3 +295,16 @@ def test_what_the_card_says_runs(recipe: str, emitted: dict[str, tuple[Path, Out
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     ran = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True, check=True, timeout=60)
     assert len(ran.stdout) > len("The harbour was\n")
+
+
+def test_openvino_genai_keeps_nothing_of_a_prompt_that_was_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it does, and the first token of a timed prompt is there in no time."""
+    import openvino_genai
+
+    from optimize.targets.runtimes.openvino_generator import OpenvinoGenerator
+
+    opened = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(openvino_genai, "LLMPipeline", opened)
+    with pytest.raises(InterruptedError):
+        OpenvinoGenerator(Path("model"), {}).generate([np.array([5, 6])], 2)
+    assert not opened.call_args.kwargs["scheduler_config"].enable_prefix_caching

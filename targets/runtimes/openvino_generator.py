@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,9 @@ class OpenvinoGenerator:
     def generate(self, prompts: Sequence[Array], new: int) -> Generation:
         if self._pipeline is None:
             self._request = None
-            self._pipeline = openvino_genai.LLMPipeline(str(self._path), "CPU", **self._options)
+            self._pipeline = openvino_genai.LLMPipeline(
+                str(self._path), "CPU", scheduler_config=_scheduler(), **self._options
+            )
         ids, mask = _padded(prompts)
         config = openvino_genai.GenerationConfig(
             max_new_tokens=new, ignore_eos=True, do_sample=False, apply_chat_template=False
@@ -89,6 +92,14 @@ class OpenvinoGenerator:
         self._request.infer({port.any_name: feeds[port.any_name] for port in self._request.model_inputs})
         found: Array = self._request.get_tensor("logits").data
         return found
+
+
+def _scheduler() -> Any:
+    """openvino-genai's own for one request at a time, but that a prompt asked before is read again."""
+    config = openvino_genai.SchedulerConfig()
+    config.max_num_batched_tokens = sys.maxsize
+    config.enable_prefix_caching = False
+    return config
 
 
 def _padded(prompts: Sequence[Array]) -> tuple[Array, Array]:
