@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := out/peers
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo demo-language test check docs bench bench-language bench-peers classifier clean
@@ -40,11 +41,10 @@ bench: $(INSTALLED)
 # That model beside what other tools make of it, in one run; then its documents, continuations and spelling
 bench-language: out/smollm2/config.json $(PEERS)/venv-olive/.installed $(PEERS)/venv-optimum-intel/.installed
 	$(BIN)/python -m pip install --quiet --no-deps gensim==4.4.0
-	$(BIN)/python benchmarks/language.py out/smollm2
+	$(BIN)/python benchmarks/language.py out/smollm2 --budget 2m
 
 # What other tools make of two models, timed together with ours. What was made stays under out/peers and is used again.
 ROUNDS ?= 40
-PEERS := out/peers
 PEER := $(BIN)/python benchmarks/peers
 COMPARED := --rounds $(ROUNDS) --json benchmarks/results/peers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from optimize.models.tasks import TASKS, infer_task, read_json
 from optimize.models.weights import Weights, check_home, inspect_weights
 from optimize.pipeline.contract import Checkpoint, Dimensions
 from optimize.pipeline.errors import CheckpointError
-from optimize.pipeline.memory import DRIVER, GIB, gib, reference_memory
+from optimize.pipeline.memory import DRIVER, GIB, MORE, gib, reference_memory
 from optimize.pipeline.store import sha256_of
 
 MAX_MODEL_LENGTH = 1024
@@ -56,6 +57,7 @@ def resolve(model: str, task: str | None = None, *, memory: int | None = None) -
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})",
             hint="save it there: AutoTokenizer.from_pretrained(ID).save_pretrained(FOLDER)",
         )
+    check_generation(folder, config)
     weights = inspect_weights(folder)
     check_fits(weights, memory)
     return Checkpoint(
@@ -113,16 +115,36 @@ def id2label(folder: Path) -> dict[int, str]:
 def max_length(folder: Path, config: Mapping[str, Any]) -> int:
     """The longest sequence that both the model's positions and its tokenizer take, in tokens."""
     try:
-        positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 512)
+        named = (config.get(name) for name in ("max_position_embeddings", "n_positions"))
+        positions = int(next((each for each in named if each is not None), 512))
         if config.get("model_type") in POSITION_OFFSET:
             padding = config.get("pad_token_id")
             positions -= (1 if padding is None else int(padding)) + 1
         limit = _tokenizer_config(folder).get("model_max_length")
-        return min(positions, int(limit)) if limit else positions
+        longest = positions if limit in (None, math.inf) else min(positions, int(limit))
     except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"{folder}: max_position_embeddings or model_max_length is not a number: {error}"
         ) from None
+    if longest < 1:
+        raise CheckpointError(f"{folder}: max_position_embeddings or model_max_length leaves {longest} tokens")
+    return longest
+
+
+def check_generation(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a generation_config.json whose values no runtime could be told."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    settings = read_json(path)
+    ends = settings.get("eos_token_id")
+    size = config.get("vocab_size", math.inf)
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and not (isinstance(end, int) and 0 <= end < size):
+            raise CheckpointError(f"{path}: eos_token_id has {end!r}, which is no token of {size}")
+    for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
+        if not isinstance(settings.get(name), int | float | None):
+            raise CheckpointError(f"{path}: {name} is {settings[name]!r}, not a number")
 
 
 def carried_files(folder: Path) -> tuple[str, ...]:
@@ -146,8 +168,8 @@ def check_fits(weights: Weights, memory: int | None) -> None:
     if memory is not None and needed > memory:
         raise CheckpointError(
             f"the checkpoint has {weights.parameters / 1e9:.1f} billion parameters: its float32 reference needs about "
-            f"{gib(needed)} GiB of memory, this host has {memory / GIB:.1f}",
-            hint="run on a host with more memory, or give a smaller checkpoint",
+            f"{gib(needed)} GiB of memory, {memory / GIB:.1f} may be used",
+            hint=MORE,
         )
 
 

@@ -35,7 +35,9 @@ BLIND = ("MistralForCausalLM", "Phi3ForCausalLM")  # to a sliding window: their 
 
 @dataclass(frozen=True)
 class BuildGenai(Pass):
-    """Whole numbers are those of MatMulNBits: `group` weights along the input share a float32 scale.
+    """Build an ONNX Runtime GenAI folder with its builder: the model, its tokenizer and its settings.
+
+    Whole numbers are those of MatMulNBits: `group` weights along the input share a float32 scale.
 
     With int4, weights have a zero point, and what picks the next token has eight bits; with `mixed`, so have the
     products that lose most, in the first and last eighth of the layers and every third between: llama.cpp's choice.

@@ -20,7 +20,7 @@ COMPILING = "compile.json"  # what transformers.CompileConfig is made with: gene
 
 @dataclass(frozen=True)
 class CompileGenerate(Pass):
-    """The same weights; each step after the prompt is compiled where it is opened, once in each process.
+    """Have transformers compile each step after the prompt, where the model is opened, once in each process.
 
     Dynamic shapes: one program for a single sequence, one for more, whatever their lengths. `freeze` makes constants
     of the weights, which torch's int8 products with quantized activations need to become one operation.

@@ -18,6 +18,7 @@ from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
 from optimize.pipeline.memory import FRAMEWORKS
 
 MODEL = "model.gguf"
+HEAD = "lm_head.weight"
 PIECE = 1 << 20  # weights that are converted at a time
 SKIPPED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints carry
 EXACT = ("token_types", "position_embd", "ffn_gate_inp")  # small, or decisive: never quantized
@@ -204,10 +205,10 @@ def _tensors(folder: Path, config: dict[str, Any], family: Family) -> Iterator[P
     layers = config.get("num_hidden_layers") or config["n_layer"]
     names = gguf.get_tensor_name_map(architecture, layers)
     stored = _stored(folder)
-    tied = config.get("tie_word_embeddings", "n_positions" in config)
+    tied = config.get("tie_word_embeddings", "n_positions" in config) and _is_embedding(HEAD, stored, names)
     experts: dict[str, list[str]] = {}
     for key in stored:
-        if key.endswith(SKIPPED) or (tied and key == "lm_head.weight"):
+        if key.endswith(SKIPPED) or (tied and key == HEAD):
             continue
         before, number, after = _expert(key)
         if number is not None:
@@ -230,6 +231,20 @@ def _tensors(folder: Path, config: dict[str, Any], family: Family) -> Iterator[P
     if rope(config)["rope_type"] == "llama3":
         frequencies = _llama3_factors(config)
         yield Planned("rope_freqs.weight", frequencies.shape, lambda: [frequencies])
+
+
+def _is_embedding(key: str, stored: dict[str, tuple[Path, tuple[int, ...]]], names: Any) -> bool:
+    """Whether a weight has the embedding's values: where it has others, transformers does not tie them."""
+    from safetensors import safe_open
+
+    embedding = next(each for each in stored if names.get_name(each, try_suffixes=(".weight",)) == "token_embd.weight")
+    if key not in stored or stored[key][1] != stored[embedding][1]:
+        return key not in stored
+    with safe_open(stored[key][0], framework="pt") as head, safe_open(stored[embedding][0], framework="pt") as table:
+        rows, columns = stored[key][1]
+        step = max(1, PIECE // columns)
+        pieces = (slice(begin, begin + step) for begin in range(0, rows, step))
+        return all(head.get_slice(key)[piece].equal(table.get_slice(embedding)[piece]) for piece in pieces)
 
 
 def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:

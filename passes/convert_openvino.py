@@ -24,8 +24,9 @@ LAYER = 8 * MIB  # of a traced layer's operations
 
 @dataclass(frozen=True)
 class ConvertOpenvino(Pass):
-    """Straight from the traced program: by way of ONNX, attention is spelt out and int8 runs at half the speed.
+    """Trace the model into an OpenVINO IR with dynamic batch and sequence; of a language model, one with its own cache.
 
+    Not by way of ONNX: there attention is spelt out, and int8 runs at half the speed.
     Source: https://huggingface.co/docs/transformers (exporters), https://docs.openvino.ai (model conversion)
     """
 

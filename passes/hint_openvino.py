@@ -13,7 +13,7 @@ from optimize.pipeline.memory import FRAMEWORKS
 
 @dataclass(frozen=True)
 class HintOpenvino(Pass):
-    """The same graph with another inference precision; its float weights are stored in 16 bits, half the size.
+    """Have OpenVINO compute in 16 bits: the same graph, whose float weights are stored in 16 bits, half the size.
 
     Source: https://docs.openvino.ai (precision control: inference_precision)
     """

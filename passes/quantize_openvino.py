@@ -25,10 +25,11 @@ WINDOWS = 16  # of calibration text that int4's scales are estimated on, and act
 
 @dataclass(frozen=True)
 class QuantizeOpenvino(Pass):
-    """NNCF post-training quantization with SmoothQuant, and a bias correction of our own (see `_correct_bias`).
+    """Quantize an OpenVINO IR with NNCF: weights and activations, weights alone, or a language model's in four bits.
 
-    `keep` leaves that many matrix products in floating point: those whose inputs int8 represents worst. `smooth` is for
-    int8 weights of language models: OpenVINO quantizes more activations by one scale then, which is faster.
+    Mode static smooths activations, and corrects biases in a way of our own (see `_correct_bias`). `keep` leaves that
+    many matrix products in floating point: those whose inputs int8 represents worst. `smooth` is for int8 weights of
+    language models: OpenVINO quantizes more activations by one scale then, which is faster.
     Raises RuntimeError when nothing was quantized.
     Source: https://docs.openvino.ai (NNCF post-training quantization, weight compression)
     """

@@ -108,7 +108,8 @@ SERVE = """import xllamacpp  # or: llama-server -m model.gguf; ollama create NAM
 params = xllamacpp.CommonParams()
 params.model.path = "model.gguf"
 server = xllamacpp.Server(params)
-print(server.handle_completions({"prompt": "The harbour was", "max_tokens": 32, "temperature": 0}))
+answer = server.handle_completions({"prompt": "The harbour was", "max_tokens": 32, "temperature": 0})
+print(answer["choices"][0]["text"])
 """
 OLLAMA = """import json
 import urllib.request

@@ -50,7 +50,7 @@ def main_group() -> None:
 @click.option(
     "--objective", default="latency", show_default=True, help="Emit the best at: latency, throughput, memory, size."
 )
-@click.option("--memory", metavar="SIZE", help="What may be used, such as 6GiB. [default: what the host has]")
+@click.option("--memory", metavar="SIZE", help="What may be used, such as 6GiB (or 6). [default: what the host has]")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report here too.")
 @click.option(
@@ -144,7 +144,7 @@ def run_command(folder: Path, prompt: str, max_new_tokens: int, sample: bool, ra
     """Generate text with an emitted language model in FOLDER, token by token."""
     from optimize.pipeline.use import stream
 
-    with terminal.errors_to(None):
+    with terminal.ends_quietly():
         stream(folder, prompt, max_new_tokens, sample=sample, raw=raw)
     return ExitCode.EMITTED
 
@@ -157,7 +157,7 @@ def serve(folder: Path, host: str, port: int) -> int:
     """Start the server that an emitted language model's own runtime has: an OpenAI-compatible endpoint."""
     from optimize.pipeline.use import start_server
 
-    with terminal.errors_to(None):
+    with terminal.ends_quietly():
         start_server(folder, host, port)
     return ExitCode.EMITTED
 

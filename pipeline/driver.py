@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import pkgutil
@@ -97,7 +98,10 @@ class Request:
         try:
             asked = [named.get(text) or parse(text) for text in self.recipes]
         except RequestError as error:
-            hint = f"{error.hint or 'see optimize passes'}; recipes of this target: {', '.join(named)}"
+            known = f"recipes of this target: {', '.join(named)}"
+            unknown = [text for text in self.recipes if re.fullmatch(r"[\w.-]+", text) and text not in named]
+            close = [name for text in unknown for name in difflib.get_close_matches(text, named, 3)]
+            hint = f"did you mean {' or '.join(close)}?" if close else f"{error.hint or 'see optimize passes'}; {known}"
             raise RequestError(error.message, hint=hint) from None
         return asked or [recipe for recipe in offered if recipe.default]
 

@@ -54,7 +54,7 @@ class WorkerError(OptimizeError):
 
     def __init__(self, message: str, *, hint: str | None = None, kind: str = "error", log_tail: str = "") -> None:
         super().__init__(message, hint=hint)
-        self.kind = kind  # "error" (it answered with one), "died" or "timeout"
+        self.kind = kind  # "error" (it answered with one), "refused" (in words of its own), "died" or "timeout"
         self.log_tail = log_tail
 
 

@@ -18,6 +18,7 @@ from optimize.pipeline.errors import ArtifactError
 from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.roofline import Peaks, Roof, Work
+from optimize.pipeline.store import check_files
 from optimize.pipeline.tokens import TokenAccuracy
 from optimize.pipeline.verdict import Candidate, Throughput
 from optimize.pipeline.versions import installed_version, ollama_version
@@ -163,6 +164,16 @@ def read_report(folder: Path) -> Report:
     return report
 
 
+def read_intact(folder: Path) -> Manifest:
+    """optimize.json of an emitted folder whose every file is as it was emitted, evidence aside.
+
+    Raises ArtifactError if one is not.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, {name: digest for name, digest in manifest.files.items() if not name.startswith("evidence/")})
+    return manifest
+
+
 def _read(path: Path, kind: Any) -> Any:
     from pydantic import ValidationError
 
@@ -176,7 +187,10 @@ def _read(path: Path, kind: Any) -> Any:
             )
         return adapter(kind).validate_json(text)
     except (FileNotFoundError, NotADirectoryError):
-        raise ArtifactError(f"{path.parent} has no {path.name}: it was not emitted by optimize") from None
+        raise ArtifactError(
+            f"{path.parent} has no {path.name}: it was not emitted by optimize",
+            hint=f"emit one with: optimize {path.parent} --out DIR, if that is a checkpoint; then name DIR",
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -15,6 +15,7 @@ from optimize.pipeline.errors import RequestError
 MIB, GIB = 1 << 20, 1 << 30
 DRIVER = 150 * MIB  # the command itself, which plans, waits and judges
 FRAMEWORKS = 700 * MIB  # a worker that builds: what it imports, and what its last steps left behind
+MORE = "raise --memory if it was given, run on a host with more, or give a smaller checkpoint"
 EAGER = 600 * MIB  # a worker that runs the eager model, without weights
 _UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": MIB, "mib": MIB, "mb": 10**6}
 
@@ -33,7 +34,7 @@ class Need:
 
 def why_too_large(need: Need, baseline: int, memory: int) -> str | None:
     """Why a recipe cannot be built, or run beside the baseline, in `memory` bytes; None where it can."""
-    there = f"this host has {memory / GIB:.1f}"
+    there = f"{memory / GIB:.1f} may be used"
     if DRIVER + need.build > memory:
         return f"needs about {gib(DRIVER + need.build)} GiB to build; {there}"
     if need.beside(baseline) > memory:
@@ -47,7 +48,7 @@ def what_would_fit(needs: Mapping[str, Need], baseline: int, memory: int) -> str
     least = f"{name} needs least: about {gib(need.beside(baseline))} GiB"
     if need.beside(baseline) <= memory:
         return f"{least}, which fits: --recipe {name}"
-    return f"{least}; run on a host with more memory, or give a smaller checkpoint"
+    return f"{least}; {MORE}"
 
 
 def gib(size: int) -> str:

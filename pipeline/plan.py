@@ -10,7 +10,7 @@ from typing import Any
 
 from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Pass, Recipe, Target
 from optimize.pipeline.errors import RequestError
-from optimize.pipeline.memory import DRIVER, GIB, Need, gib, what_would_fit, why_too_large
+from optimize.pipeline.memory import DRIVER, GIB, MORE, Need, gib, what_would_fit, why_too_large
 from optimize.pipeline.recipe import UNCHANGED, parse, pass_text, recipe_text
 from optimize.pipeline.store import Store
 from optimize.pipeline.versions import installed_version
@@ -89,15 +89,18 @@ class Plan:
     def describe(self, store: Store | None = None) -> str:
         """The plan as text: what golden tests hold, and with a store, what is cached and what will be built."""
         checkpoint, gates = self.checkpoint, self.gates
+        generates = self.workload[0].new > 0
+        drop = "perplexity up by" if generates else "drop"
         revision = f"@{checkpoint.revision[:12]}" if checkpoint.revision else ""
         lines = [
             f"checkpoint  {checkpoint.name}{revision} ({checkpoint.architecture}, {checkpoint.task}, "
             f"{checkpoint.parameters / 1e6:.1f} M parameters, {checkpoint.dtype})",
             f"target      {self.target.name}: {self.target.device}, {self.target.cores} cores, "
             f"{self.target.memory / 2**30:.0f} GiB; {', '.join(self.target.features) or 'no vector extensions known'}",
-            f"workload    {', '.join(map(str, self.workload))} (batch x tokens), timed for about {self.budget:.0f} s",
+            f"workload    {', '.join(map(str, self.workload))} (batch x {'prompt+new' if generates else 'tokens'}), "
+            f"timed for about {self.budget:.0f} s, longer on a slow host",
             f"evaluation  {self.evaluation}",
-            f"gates       drop at most {gates.max_drop:g}, speedup above {gates.min_speedup:g}, "
+            f"gates       {drop} at most {gates.max_drop:g}, speedup above {gates.min_speedup:g}, "
             f"foreign load at most {gates.max_load:g}",
             f"memory      about {gib(self.reference_memory)} GiB for the reference, {gib(self.baseline_memory)} for the"
             " baseline, which runs beside each candidate",
@@ -208,8 +211,8 @@ def _check_reference_fits(reference: PlannedRecipe, baseline: int, target: Targe
     needed = DRIVER + max(reference.need.build, reference.need.run, baseline)
     if needed > target.memory:
         raise RequestError(
-            f"the float32 reference needs about {gib(needed)} GiB of memory, this host has {target.memory / GIB:.1f}",
-            hint="run on a host with more memory, or give a smaller checkpoint: no recipe is judged without it",
+            f"the float32 reference needs about {gib(needed)} GiB of memory, {target.memory / GIB:.1f} may be used",
+            hint=f"{MORE}: no recipe is judged without it",
         )
 
 
@@ -232,7 +235,10 @@ def parse_workload(text: str, max_length: int, *, generates: bool = False) -> tu
         if cell.batch < 1 or cell.sequence < 4:
             raise RequestError(f"--workload: {cell}: at least a batch of 1 and 4 tokens (two of them are special)")
         if cell.sequence + cell.new > max_length:
-            raise RequestError(f"--workload: {cell} is longer than the model's limit of {max_length} tokens")
+            raise RequestError(
+                f"--workload: {cell} is longer than the model's limit of {max_length} tokens",
+                hint="prompt and new tokens count together" if generates else "name a shorter one",
+            )
         if cell.tokens > MAX_TOKENS:
             raise RequestError(f"--workload: {cell} is more than {MAX_TOKENS} tokens in one call")
         if cell in cells:

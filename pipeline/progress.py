@@ -51,18 +51,30 @@ class Progress:
         """The run is over, or was broken off."""
 
 
+QUIET = 60.0  # seconds after which a line says that work goes on
+
+
 class Lines(Progress):
-    """One line for each thing that happened."""
+    """One line for each thing that happened, and for each minute in which nothing did."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._started = time.monotonic()
+        self._started = self._began = self._spoke = time.monotonic()
+        self._what = "starting"
 
     def planned(self, plan: Plan, store: Store) -> None:
         self._say(plan.describe(store) + "\n", stamp=False)
 
     def doing(self, name: str, what: str) -> None:
-        self._say(f"{name}: {what} ...")
+        self._now(f"{name}: {what}")
+        self._say(f"{self._what} ...")
+
+    def tick(self) -> None:
+        if time.monotonic() - self._spoke > QUIET:
+            self._say(f"{self._what}, for {time.monotonic() - self._began:.0f} s ...")
+
+    def measured(self, name: str, interval: Interval, done: int, planned: int) -> None:
+        self._what = f"{name}: timing, {done} of {planned} quads, speedup {interval}"
 
     def built(self, name: str, step: StepReport) -> None:
         self._say(f"{name}: {step.text} {built_text(step)}")
@@ -80,7 +92,11 @@ class Lines(Progress):
     def note(self, text: str) -> None:
         self._say(f"note: {text}")
 
+    def _now(self, what: str) -> None:
+        self._what, self._began = what, time.monotonic()
+
     def _say(self, text: str, *, stamp: bool = True) -> None:
+        self._spoke = time.monotonic()
         when = f"[{time.monotonic() - self._started:6.1f} s] " if stamp else ""
         self._console.print(when + text, markup=False, highlight=False, soft_wrap=True)
 
@@ -92,16 +108,14 @@ class Live(Lines):
         super().__init__(console)
         from rich.live import Live as RichLive
 
-        self._what = "starting"
-        self._began = self._started
         self._live = RichLive(console=console, refresh_per_second=8, transient=True, get_renderable=self._view)
         self._live.start()
 
     def doing(self, name: str, what: str) -> None:
-        self._what, self._began = f"{name}: {what}", time.monotonic()
+        self._now(f"{name}: {what}")
 
-    def measured(self, name: str, interval: Interval, done: int, planned: int) -> None:
-        self._what = f"{name}: timing, {done} of {planned} quads, speedup {interval}"
+    def tick(self) -> None:
+        """The view shows the time by itself."""
 
     def close(self) -> None:
         self._live.stop()
@@ -134,7 +148,7 @@ def built_text(step: StepReport) -> str:
     coverage = ""
     if "quantized" in step.facts:
         coverage = f", {step.facts['quantized']} of {step.facts['eligible']} matrix products quantized"
-    how = "cached" if step.cached else "built"
+    how = "cached: it was built" if step.cached else "built"
     predicted = "" if step.predicted_memory is None else f" of {step.predicted_memory / 2**20:.0f} predicted"
     return f"{how} ({step.seconds:.1f} s, {step.peak_memory / 2**20:.0f} MiB{predicted}{coverage})"
 

@@ -409,11 +409,15 @@ class Run:
 
 
 def _unusable(message: str, error: Exception, hint: str) -> OptimizeError:
-    """A refusal of the checkpoint; but where a process was killed or hung, the checkpoint is not to blame."""
+    """A refusal of the checkpoint; but where a process was killed or hung, the checkpoint is not to blame, and what
+    was refused in words has them already.
+    """
     cause = error if isinstance(error, WorkerError) else error.__cause__
+    if isinstance(cause, WorkerError) and cause.kind == "refused":
+        return RequestError(cause.message, hint=cause.hint)
     if isinstance(cause, WorkerError) and cause.kind != "error":
         return OptimizeError(cause.message, hint="run the same command again")
-    return RequestError(f"{message}: {error}", hint=hint)
+    return RequestError(f"{message}: {getattr(error, 'message', error)}", hint=hint)
 
 
 def new_run_folder(cache: Path) -> Path:

@@ -30,7 +30,9 @@ def exit_with(command: Callable[[], int | None]) -> NoReturn:
     try:
         code = command()
     except (click.exceptions.Abort, KeyboardInterrupt):
-        code = _complain("interrupted; what was built so far is kept", None, ExitCode.INTERRUPTED)
+        code = _complain(
+            "interrupted; what was built so far is kept", "the same command goes on from there", ExitCode.INTERRUPTED
+        )
     except click.ClickException as error:
         error.show()
         code = ExitCode.REFUSED
@@ -50,10 +52,14 @@ def console() -> Any:
     class Tireless(Console):
         def on_broken_pipe(self) -> None:
             """Go on when nobody reads any more: the product is the folder, not the output."""
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _read_by_nobody()
 
     found = Tireless()
     return found if found.is_terminal else Tireless(width=200)
+
+
+def _read_by_nobody() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(text: str) -> None:
@@ -67,6 +73,18 @@ def table(*titles: str) -> Any:
     from rich.table import Table
 
     return Table(*titles, box=SIMPLE, pad_edge=False)
+
+
+@contextmanager
+def ends_quietly() -> Iterator[None]:
+    """For a command whose output is all that it makes: when nobody reads on, or it is interrupted, that is no error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _read_by_nobody()
+    except KeyboardInterrupt:
+        sys.exit(ExitCode.INTERRUPTED)
 
 
 @contextmanager

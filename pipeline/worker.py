@@ -22,6 +22,7 @@ from typing import Any
 from optimize.pipeline.batches import NEW, UNTIMED
 from optimize.pipeline.calls import Call, call_of
 from optimize.pipeline.contract import Artifact, Cell, Context, Kind, Target
+from optimize.pipeline.errors import OptimizeError
 from optimize.pipeline.resident import let_go, peak_memory, reset_peak_memory
 
 PR_SET_PDEATHSIG = 1
@@ -285,9 +286,12 @@ def serve(requests: Any, answers: Any, operations: Worker) -> None:
         try:
             operation: Callable[..., Any] = getattr(operations, request["operation"])
             answer = json.dumps({"result": operation(**request["arguments"])})
+        except OptimizeError as error:
+            traceback.print_exc()
+            answer = json.dumps({"error": error.message, "hint": error.hint, "kind": "refused"})
         except Exception as error:
             traceback.print_exc()
-            answer = json.dumps({"error": f"{type(error).__name__}: {error}", "hint": getattr(error, "hint", None)})
+            answer = json.dumps({"error": f"{type(error).__name__}: {error}", "hint": None, "kind": "error"})
         sys.stdout.flush()
         sys.stderr.flush()
         answers.write(answer + "\n")

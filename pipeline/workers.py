@@ -106,7 +106,7 @@ class WorkerProcess:
         line, self._received = self._received.split(b"\n", 1)
         answer = json.loads(line)
         if "error" in answer:
-            raise WorkerError(answer["error"], hint=answer["hint"], log_tail=self.log_tail())
+            raise WorkerError(answer["error"], hint=answer["hint"], kind=answer["kind"], log_tail=self.log_tail())
         return answer["result"]
 
     def pause(self) -> None:

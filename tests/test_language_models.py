@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,9 +17,11 @@ import pytest
 from optimize.models.examples import SHIPPED
 from optimize.pipeline.batches import NEW, load_batches, save_batches
 from optimize.pipeline.contract import Kind
+from optimize.pipeline.errors import RequestError
 from optimize.pipeline.language import REGRET
 from optimize.pipeline.manifest import read_manifest
 from optimize.pipeline.questions import ANSWERS
+from optimize.pipeline.use import _chat
 from optimize.pipeline.worker import Worker
 from optimize.targets.runtimes import open_session
 from tests.conftest import QUICK, Cli, MakeCheckpoint, Outcome, run_optimize
@@ -144,6 +148,85 @@ def test_run_prints_what_comes_and_serve_says_what_has_no_server(
     assert cli("run", out, "Hello", "--max-new-tokens", "3").code == 0
     refused = cli("serve", out)
     assert refused.code == 2 and "onnxruntime-genai has no server of its own here" in refused.output
+
+
+def test_the_server_of_a_gguf_answers_and_ends_when_told(
+    emitted: dict[str, tuple[Path, Outcome]], tmp_path: Path
+) -> None:
+    out, _ = emitted["gguf-q8_0"]
+    command = [sys.executable, "-m", "optimize.pipeline.cli", "serve"]
+    server = subprocess.Popen(
+        [*command, out, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        address = next(line.strip() for line in server.stdout or () if line.startswith("http"))
+        asked = json.dumps({"prompt": "The harbour", "max_tokens": 3, "temperature": 0}).encode()
+        headers = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(f"{address}/completions", asked, headers)) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 3
+        port = urllib.parse.urlsplit(address).port
+        busy = subprocess.run([*command, out, "--port", str(port)], capture_output=True, text=True)
+        assert busy.returncode == 2 and f"cannot listen at 127.0.0.1:{port}" in busy.stderr
+        server.terminate()
+        assert server.wait(60) == 130
+    finally:
+        server.kill()
+    damaged = tmp_path / "damaged"
+    shutil.copytree(out, damaged)
+    with (damaged / "model.gguf").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    refused = subprocess.run([*command, damaged], capture_output=True, text=True)
+    assert refused.returncode == 2 and "model.gguf is changed" in refused.stderr
+
+
+def test_run_takes_what_the_model_has_positions_for(emitted: dict[str, tuple[Path, Outcome]], cli: Cli) -> None:
+    out, _ = emitted["gguf-q8_0"]
+    refused = cli("run", out, "0" * 9000, "--raw")
+    assert refused.code == 2 and "and the model 8448 positions" in refused.output
+    assert cli("run", out, "0" * 8440, "--raw", "--max-new-tokens", "999999").code == 0
+
+
+def test_run_says_that_the_template_fails() -> None:
+    tokenizer = Mock()
+    tokenizer.apply_chat_template.side_effect = TypeError("roles must alternate")
+    with pytest.raises(RequestError, match="the chat template fails: TypeError: roles must alternate") as raised:
+        _chat(tokenizer, "Hello")
+    assert "--raw" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("recipe", ["convert-openvino", "gguf-q8_0"])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"input_ids": [[20, 99999]]}, "outside of 0 to 511"),
+        ({"input_ids": [[20, -5]]}, "outside of 0 to 511"),
+        ({"input_ids": [[20.5, 21.0]]}, "whole numbers"),
+        ({"input_ids": [20, 21]}, r"\[batch, sequence\]"),
+        ({"input_ids": [[]]}, "whole numbers|empty"),
+        ({"input_ids": [[20, 21]], "attention_mask": [[0, 0]]}, "empty"),
+        ({"input_ids": [[20, 21]], "attention_mask": [[1, 1, 1]]}, "attention_mask has shape"),
+        ({"input_ids": [[20] * 8448]}, "more than the model's limit of 8448"),
+        ({"input_ids": [[20] * 9000]}, "longer than the model's limit of 8448"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_ids_that_no_runtime_should_see_are_refused(
+    recipe: str, given: dict[str, Any], words: str, emitted: dict[str, tuple[Path, Outcome]]
+) -> None:
+    import optimize
+
+    model = optimize.load(emitted[recipe][0])
+    with pytest.raises(ValueError, match=words):
+        model.generate(**given, max_new_tokens=3, use_cache=True)
+
+
+def test_too_little_text_is_not_blamed_on_the_tokenizer(language_model: Path, tmp_path: Path, cli: Cli) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"a{number}"}) for number in range(20)))
+    refused = cli(language_model, "--recipe", "gguf-q8_0", "--data", text, "--out", tmp_path / "out")
+    assert refused.code == 2 and "tokens are too few" in refused.output
+    assert "tokenizer" not in refused.output and refused.output.count("give more text") == 1
 
 
 def test_a_gguf_has_a_modelfile_and_is_verified(emitted: dict[str, tuple[Path, Outcome]], cli: Cli) -> None:
@@ -303,8 +386,10 @@ def test_openvino_genai_keeps_nothing_of_a_prompt_that_was_asked_before(monkeypa
 
     from optimize.targets.runtimes.openvino_generator import OpenvinoGenerator
 
-    opened = Mock(side_effect=InterruptedError)
+    opened = Mock(side_effect=[RuntimeError("no paged attention for bf16"), InterruptedError])
     monkeypatch.setattr(openvino_genai, "LLMPipeline", opened)
     with pytest.raises(InterruptedError):
         OpenvinoGenerator(Path("model"), {}).generate([np.array([5, 6])], 2)
-    assert not opened.call_args.kwargs["scheduler_config"].enable_prefix_caching
+    paged, plain = (call.kwargs for call in opened.call_args_list)
+    assert not paged["scheduler_config"].enable_prefix_caching
+    assert plain == {"ATTENTION_BACKEND": "SDPA"}

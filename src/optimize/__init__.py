@@ -21,6 +21,9 @@ def load(folder: str | Path) -> LoadedModel:
     It drops into `transformers.pipeline(task, model=optimize.load(folder), tokenizer=folder)`. Raises
     optimize.pipeline.errors.ArtifactError for a folder that is damaged or was not emitted by optimize.
     """
+    import logging
+
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it lists what this host's torch has no use for
     from optimize.targets.runtimes.loaded import load as load_folder
 
     return load_folder(Path(folder))
@@ -30,8 +33,9 @@ def compile(model: str | Path, *, json: str | Path | None = None, **options: Any
     """`optimize MODEL` as a function, without a word while it works.
 
     Options are the fields of optimize.pipeline.driver.Request: target, task, data, out, recipes (one or a sequence),
-    max_drop, min_speedup, max_load (numbers), workload, budget (text, or seconds), objective, cache. Returns the
-    report, whose `exit_code` is the command's; raises optimize.pipeline.errors.RequestError for what cannot be planned.
+    max_drop, min_speedup, max_load (numbers), workload, budget (text, or seconds), objective, memory (text), cache.
+    Returns the report, whose `exit_code` is the command's; raises optimize.pipeline.errors.RequestError for what
+    cannot be planned.
     """
     from optimize.pipeline.driver import Request
     from optimize.pipeline.manifest import to_json

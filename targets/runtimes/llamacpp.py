@@ -19,6 +19,7 @@ import numpy as np
 from optimize.passes import _ggml
 from optimize.passes.convert_gguf import MODEL
 from optimize.pipeline.contract import Array
+from optimize.pipeline.errors import RequestError
 
 BATCH = 2048  # tokens in one call of llama_decode, at most
 ROUND = 256  # contexts are made that much longer at a time, so that few are made
@@ -189,15 +190,24 @@ def open_session(path: Path, task: str, cores: int) -> LlamaCppSession:
 
 
 def serve(path: Path, host: str, port: int, cores: int) -> None:
-    """llama.cpp's own server, until interrupted."""
+    """llama.cpp's own server, until interrupted. Raises RequestError where it cannot listen, or does not start."""
     import signal
+    import socket
 
     import xllamacpp
 
+    try:
+        with socket.create_server((host, port)):  # its own words for this are few
+            pass
+    except OSError as error:
+        raise RequestError(f"cannot listen at {host}:{port}: {error}", hint="name others: --host, --port") from None
     params = xllamacpp.CommonParams()
     params.model.path = str(path / MODEL)
-    params.hostname, params.port = host, port
+    params.hostnames, params.port = [host], port
     params.cpuparams.n_threads = cores
-    server = xllamacpp.Server(params)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise RequestError(f"llama.cpp's server does not start: {error}", hint="its own words are above") from None
     print(f"{server.listening_address}/v1", flush=True)
     signal.pause()

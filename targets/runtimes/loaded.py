@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from transformers import modeling_outputs
 from optimize.models.checkpoint import max_length, read_config
 from optimize.models.tasks import TASKS
 from optimize.pipeline.errors import RequestError
-from optimize.pipeline.manifest import Manifest, read_manifest
-from optimize.pipeline.store import check_files
-from optimize.targets.runtimes import TEXTUAL, open_session
+from optimize.pipeline.manifest import Manifest, read_intact
+from optimize.targets.runtimes import TEXTUAL, open_session, token_ids
 from optimize.targets.runtimes.loaded_generator import LoadedGenerator
 
 
@@ -42,8 +40,10 @@ class LoadedModel:
         self._session = open_session(manifest.kind, folder, checkpoint.task, manifest.report.host.target.cores)
         self._output_class = getattr(modeling_outputs, TASKS[checkpoint.task].output_class)
         self._longest = max_length(folder, read_config(folder))
-        self._vocabulary = getattr(self.config, "vocab_size", 1 << 62)
-        self._token_types = getattr(self.config, "type_vocab_size", 1 << 62)
+        self._sizes = {
+            "input_ids": getattr(self.config, "vocab_size", 1 << 62),
+            "token_type_ids": getattr(self.config, "type_vocab_size", 1 << 62),
+        }
         fields = inspect.signature(self._output_class).parameters
         self._fields = frozenset(fields)
 
@@ -60,13 +60,13 @@ class LoadedModel:
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: the artifact takes {', '.join(self._session.inputs)} alone")
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        batch = {name: _array(given[name]) for name in self._session.inputs if given.get(name) is not None}
+        batch = {name: token_ids.as_array(given[name]) for name in self._session.inputs if given.get(name) is not None}
         if "input_ids" not in batch:
             raise ValueError(f"input_ids is missing; the artifact takes {', '.join(self._session.inputs)}")
         for name, default in (("attention_mask", np.ones_like), ("token_type_ids", np.zeros_like)):
             if name in self._session.inputs and name not in batch:
                 batch[name] = default(batch["input_ids"])
-        self._check(batch)
+        token_ids.check(batch, self._sizes, self._longest)
         outputs = self._session.run(batch)
         named = self._output_class(
             **{name: torch.from_numpy(array) for name, array in outputs.items() if name in self._fields}
@@ -91,25 +91,10 @@ class LoadedModel:
             raise ValueError(f"this artifact was emitted for the CPU and cannot move to {device}")
         return self
 
-    def _check(self, batch: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        shape = batch["input_ids"].shape
-        for name, most in (("input_ids", self._vocabulary), ("token_type_ids", self._token_types)):
-            if name in batch and batch[name].size and not 0 <= batch[name].min() <= batch[name].max() < most:
-                raise ValueError(f"{name} has values outside of 0 to {most - 1}")
-        if len(shape) == 2 and shape[1] > self._longest:
-            raise ValueError(f"a sequence of {shape[1]} tokens is longer than the model's limit of {self._longest}")
-        for name, array in batch.items():
-            if array.ndim != 2 or array.shape != shape:
-                raise ValueError(
-                    f"{name} has shape {list(array.shape)}, input_ids {list(shape)}: both [batch, sequence]"
-                )
-
 
 def load(folder: Path) -> LoadedModel | LoadedGenerator:
     """Open an emitted folder after checking every file that is used. Raises ArtifactError if one is damaged."""
-    manifest = read_manifest(folder)
-    used = {name: digest for name, digest in manifest.files.items() if not name.startswith("evidence/")}
-    check_files(folder, used)
+    manifest = read_intact(folder)
     if manifest.kind in TEXTUAL:
         raise RequestError(
             f"{manifest.kind} gives text and no logits, which transformers' generate needs",
@@ -118,10 +103,3 @@ def load(folder: Path) -> LoadedModel | LoadedGenerator:
     if TASKS[manifest.report.checkpoint.task].generates:
         return LoadedGenerator(folder, manifest)
     return LoadedModel(folder, manifest)
-
-
-def _array(value: Any) -> np.ndarray[Any, Any]:
-    array = value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-    if array.dtype.kind not in "iub":
-        raise ValueError(f"token ids are whole numbers, not {array.dtype}")
-    return np.ascontiguousarray(array, dtype=np.int64)

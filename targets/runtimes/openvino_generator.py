@@ -44,9 +44,7 @@ class OpenvinoGenerator:
     def generate(self, prompts: Sequence[Array], new: int) -> Generation:
         if self._pipeline is None:
             self._request = None
-            self._pipeline = openvino_genai.LLMPipeline(
-                str(self._path), "CPU", scheduler_config=_scheduler(), **self._options
-            )
+            self._pipeline = self._open_pipeline()
         ids, mask = _padded(prompts)
         config = openvino_genai.GenerationConfig(
             max_new_tokens=new, ignore_eos=True, do_sample=False, apply_chat_template=False
@@ -73,6 +71,17 @@ class OpenvinoGenerator:
         """As openvino-genai finds it."""
         return self._tokenizer().chat_template or None
 
+    def _open_pipeline(self) -> Any:
+        """As openvino-genai chooses by itself, but that a prompt which was asked before is read again."""
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.max_num_batched_tokens = sys.maxsize
+        scheduler.enable_prefix_caching = False
+        model = (str(self._path), "CPU")
+        try:
+            return openvino_genai.LLMPipeline(*model, scheduler_config=scheduler, **self._options)
+        except RuntimeError:  # paged attention is not for every precision: the model's own cache, which begins anew
+            return openvino_genai.LLMPipeline(*model, ATTENTION_BACKEND="SDPA", **self._options)
+
     def _tokenizer(self) -> Any:
         return openvino_genai.Tokenizer(str(self._path))
 
@@ -92,14 +101,6 @@ class OpenvinoGenerator:
         self._request.infer({port.any_name: feeds[port.any_name] for port in self._request.model_inputs})
         found: Array = self._request.get_tensor("logits").data
         return found
-
-
-def _scheduler() -> Any:
-    """openvino-genai's own for one request at a time, but that a prompt asked before is read again."""
-    config = openvino_genai.SchedulerConfig()
-    config.max_num_batched_tokens = sys.maxsize
-    config.enable_prefix_caching = False
-    return config
 
 
 def _padded(prompts: Sequence[Array]) -> tuple[Array, Array]:

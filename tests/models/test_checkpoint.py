@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from optimize.models.checkpoint import carried_files, id2label, max_length, resolve
+from optimize.models.checkpoint import carried_files, check_generation, id2label, max_length, resolve
 from optimize.models.loading import load_model
 from optimize.pipeline.errors import CheckpointError
 from optimize.pipeline.store import sha256_of
@@ -125,7 +125,7 @@ def test_refuses_code_whose_key_is_escaped(copy: Path) -> None:
 
 def test_refuses_what_does_not_fit_into_memory(tiny: Path) -> None:
     assert resolve(str(tiny), memory=2 << 30).parameters > 0
-    with pytest.raises(CheckpointError, match=r"float32 reference needs about 0\.8 GiB of memory, this host has 0\.5"):
+    with pytest.raises(CheckpointError, match=r"float32 reference needs about 0\.8 GiB of memory, 0\.5 may be used"):
         resolve(str(tiny), memory=1 << 29)
 
 
@@ -140,6 +140,7 @@ def test_refuses_what_does_not_fit_into_memory(tiny: Path) -> None:
         ({"model_type": "mpnet", "max_position_embeddings": 514, "pad_token_id": 1}, {"model_max_length": 512}, 512),
         ({"model_type": "gpt2", "n_positions": 1024}, None, 1024),
         ({"model_type": "xlnet"}, None, 512),
+        ({"model_type": "llama", "max_position_embeddings": 256}, {"model_max_length": float("inf")}, 256),
     ],
 )
 def test_max_length_is_what_model_and_tokenizer_take(
@@ -148,6 +149,30 @@ def test_max_length_is_what_model_and_tokenizer_take(
     if tokenizer is not None:
         configure(tmp_path, "tokenizer_config.json", **tokenizer)
     assert max_length(tmp_path, config) == expected
+
+
+@pytest.mark.parametrize(("positions", "limit"), [(0, None), (-5, None), (256, -4)])
+def test_refuses_a_length_that_nothing_fits_in(positions: int, limit: int | None, tmp_path: Path) -> None:
+    configure(tmp_path, "tokenizer_config.json", model_max_length=limit)
+    with pytest.raises(CheckpointError, match="max_position_embeddings or model_max_length leaves"):
+        max_length(tmp_path, {"model_type": "llama", "max_position_embeddings": positions})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"eos_token_id": [2, 512]}, "eos_token_id has 512, which is no token of 512"),
+        ({"eos_token_id": -1}, "eos_token_id has -1"),
+        ({"eos_token_id": "</s>"}, "eos_token_id has '</s>'"),
+        ({"temperature": "hot"}, "temperature is 'hot', not a number"),
+    ],
+)
+def test_refuses_settings_that_no_runtime_could_be_told(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    configure(tmp_path, "generation_config.json", **settings)
+    with pytest.raises(CheckpointError, match=words):
+        check_generation(tmp_path, {"vocab_size": 512})
+    configure(tmp_path, "generation_config.json", eos_token_id=[0, 511], temperature=None, top_p=1)
+    check_generation(tmp_path, {"vocab_size": 512})
 
 
 def test_max_length_of_a_roberta_that_leaves_its_padding_at_the_default(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """GGUF files of every family that is written, run by llama.cpp: the logits are the eager model's."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,20 @@ def test_llama_cpp_computes_what_transformers_does(
     prompts = [tokens[:5], tokens[:17]]
     assert (generate(session, prompts, 8).tokens == generate(reference, prompts, 8).tokens).all()
     assert len(spelling_problems(folder, session)) == MISSPELT.get(case, 0)
+
+
+def test_a_head_of_its_own_is_kept_where_config_json_calls_it_tied(
+    make_language_model: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """As transformers does; else the file would be another model."""
+    folder = make_language_model("LlamaForCausalLM")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    session = llamacpp.open_session(converted(folder, tmp_path / "out", "f32"), "text-generation", 2)
+    reference = eager.open_session(folder, "text-generation", 2)
+    tokens = np.random.default_rng(0).integers(5, 500, 48)
+    found, expected = (each.logits(tokens, 48) for each in (session, reference))  # type: ignore[attr-defined]
+    assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()
 
 
 def test_fewer_bits_lose_more(make_language_model: MakeCheckpoint, tmp_path: Path) -> None:
