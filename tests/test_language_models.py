@@ -165,7 +165,7 @@ def test_the_server_of_a_gguf_answers_and_ends_when_told(
         with urllib.request.urlopen(urllib.request.Request(f"{address}/completions", asked, headers)) as answer:
             assert json.load(answer)["usage"]["completion_tokens"] == 3
         port = urllib.parse.urlsplit(address).port
-        busy = subprocess.run([*command, out, "--port", str(port)], capture_output=True, text=True)
+        busy = subprocess.run([*command, out, "--port", str(port)], capture_output=True, text=True, timeout=120)
         assert busy.returncode == 2 and f"cannot listen at 127.0.0.1:{port}" in busy.stderr
         server.terminate()
         assert server.wait(60) == 130
@@ -173,10 +173,9 @@ def test_the_server_of_a_gguf_answers_and_ends_when_told(
         server.kill()
     damaged = tmp_path / "damaged"
     shutil.copytree(out, damaged)
-    with (damaged / "model.gguf").open("r+b") as file:
-        file.seek(-1, 2)
+    with (damaged / "model.gguf").open("ab") as file:
         file.write(b"?")
-    refused = subprocess.run([*command, damaged], capture_output=True, text=True)
+    refused = subprocess.run([*command, damaged, "--port", "0"], capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2 and "model.gguf is changed" in refused.stderr
 
 

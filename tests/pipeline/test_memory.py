@@ -108,7 +108,7 @@ def test_a_refusal_names_what_needs_least(plan_in: MakePlan) -> None:
         plan_in(least_gib(plan_in) - 0.1)
     assert raised.value.hint is not None
     assert raised.value.hint.startswith("cast-dtype needs least: about ")
-    assert "more memory" in raised.value.hint
+    assert "raise --memory" in raised.value.hint
 
 
 def test_other_reasons_name_no_recipe(plan_in: MakePlan) -> None:
