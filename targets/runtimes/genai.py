@@ -32,11 +32,13 @@ class GenaiSession:
 
     def __init__(self, path: Path, cores: int) -> None:
         self._path = path
-        self._context: int = json.loads((path / SETTINGS).read_text())["model"]["context_length"]
+        settings = json.loads((path / SETTINGS).read_text())["model"]
+        self._context: int = settings["context_length"]
         config = onnxruntime_genai.Config(str(path))
         threads = {"session_options": {"intra_op_num_threads": cores}}
-        # without a token that ends a text: one that ends early would be timed as a fast one
-        config.overlay(json.dumps({"model": {"eos_token_id": [], "pad_token_id": PAD, "decoder": threads}}))
+        # with an end that no text has, or it would be timed as a fast one: one number, since a list is appended
+        ends = {"eos_token_id": settings["vocab_size"] - 1, "pad_token_id": PAD}
+        config.overlay(json.dumps({"model": ends | {"decoder": threads}}))
         self._model = onnxruntime_genai.Model(config)
         self._tokenizer: Any = None
         self._generator: Any = None
@@ -64,6 +66,8 @@ class GenaiSession:
             generator.generate_next_token()
             steps.append(np.array(generator.get_next_tokens()))
             seconds.append(time.perf_counter() - start)
+        if any((tokens == PAD).any() for tokens in steps):
+            raise RuntimeError("it generated the vocabulary's last token, at which onnxruntime-genai was told to end")
         return Generation(np.stack(steps, axis=1).astype(np.int64), tuple(seconds))
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:

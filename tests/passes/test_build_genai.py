@@ -95,6 +95,16 @@ def test_fewer_bits_lose_more(tied: bool, width: int, make_language_model: MakeC
     assert losses[0] < 1e-4 < losses[1] < 0.05 < losses[2] < losses[3]
 
 
+def test_a_text_is_timed_past_what_ends_it(make_language_model: MakeCheckpoint, build: Build) -> None:
+    session = build(make_language_model("LlamaForCausalLM"), BuildGenai())
+    written = session.generate([TOKENS[:9]], 8).tokens
+    path = session._path / "genai_config.json"
+    config = json.loads(path.read_text())
+    config["model"]["eos_token_id"] = [int(written[0, 1]), 2]
+    path.write_text(json.dumps(config))
+    assert (genai.open_session(session._path, "text-generation", 2).generate([TOKENS[:9]], 8).tokens == written).all()
+
+
 def test_a_conversation_is_spelt_as_transformers_does(make_language_model: MakeCheckpoint, build: Build) -> None:
     folder = make_language_model("LlamaForCausalLM")
     messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": ""}]
