@@ -57,7 +57,7 @@ def resolve(model: str, task: str | None = None, *, memory: int | None = None) -
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})",
             hint="save it there: AutoTokenizer.from_pretrained(ID).save_pretrained(FOLDER)",
         )
-    check_generation(folder, config)
+    check_generation(folder)
     weights = inspect_weights(folder)
     check_fits(weights, memory)
     return Checkpoint(
@@ -131,17 +131,16 @@ def max_length(folder: Path, config: Mapping[str, Any]) -> int:
     return longest
 
 
-def check_generation(folder: Path, config: Mapping[str, Any]) -> None:
+def check_generation(folder: Path) -> None:
     """Raise CheckpointError for a generation_config.json whose values no runtime could be told."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return
     settings = read_json(path)
     ends = settings.get("eos_token_id")
-    size = config.get("vocab_size", math.inf)
     for end in ends if isinstance(ends, list) else [ends]:
-        if end is not None and not (isinstance(end, int) and 0 <= end < size):
-            raise CheckpointError(f"{path}: eos_token_id has {end!r}, which is no token of {size}")
+        if end is not None and not (isinstance(end, int) and end >= 0):
+            raise CheckpointError(f"{path}: eos_token_id has {end!r}, which is no token")
     for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
         if not isinstance(settings.get(name), int | float | None):
             raise CheckpointError(f"{path}: {name} is {settings[name]!r}, not a number")

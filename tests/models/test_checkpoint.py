@@ -161,8 +161,7 @@ def test_refuses_a_length_that_nothing_fits_in(positions: int, limit: int | None
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"eos_token_id": [2, 512]}, "eos_token_id has 512, which is no token of 512"),
-        ({"eos_token_id": -1}, "eos_token_id has -1"),
+        ({"eos_token_id": [2, -1]}, "eos_token_id has -1, which is no token"),
         ({"eos_token_id": "</s>"}, "eos_token_id has '</s>'"),
         ({"temperature": "hot"}, "temperature is 'hot', not a number"),
     ],
@@ -170,9 +169,9 @@ def test_refuses_a_length_that_nothing_fits_in(positions: int, limit: int | None
 def test_refuses_settings_that_no_runtime_could_be_told(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
     configure(tmp_path, "generation_config.json", **settings)
     with pytest.raises(CheckpointError, match=words):
-        check_generation(tmp_path, {"vocab_size": 512})
+        check_generation(tmp_path)
     configure(tmp_path, "generation_config.json", eos_token_id=[0, 511], temperature=None, top_p=1)
-    check_generation(tmp_path, {"vocab_size": 512})
+    check_generation(tmp_path)
 
 
 def test_max_length_of_a_roberta_that_leaves_its_padding_at_the_default(tmp_path: Path) -> None:
