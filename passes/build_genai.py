@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from optimize.models.checkpoint import read_config
 from optimize.passes._gguf_families import rope
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.memory import FRAMEWORKS
 
 MODEL, SETTINGS = "model.onnx", "genai_config.json"
 WHOLE = {"int8": {8}, "int4": {4, 8}}  # precision -> bits that a product by weights may have
@@ -74,6 +75,9 @@ class BuildGenai(Pass):
         if checkpoint.architecture in BLIND and window < checkpoint.max_length:
             return f"its sliding window of {window} tokens would be forgotten"
         return None
+
+    def memory(self, checkpoint: Checkpoint) -> int:
+        return FRAMEWORKS + int(4.2 * 4 * checkpoint.parameters)
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         from onnxruntime_genai.models import builder
