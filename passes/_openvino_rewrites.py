@@ -26,7 +26,7 @@ def spell_out_repeats(model: Any) -> int:
     found = 0
     for attention in (node for node in model.get_ordered_ops() if node.get_type_name() == ATTENTION):
         for port in (attention.input(1), attention.input(2)):
-            flat = port.get_source_output().get_node()
+            flat = producer(port)
             repeat = flat.input_value(0).get_node() if flat.get_type_name() == "Reshape" else flat
             if repeat.get_type_name() != "Broadcast":
                 continue
@@ -65,7 +65,7 @@ def smooth_activations(model: Any, feeds: Sequence[dict[str, NDArray[Any]]]) -> 
         widest = np.max([np.abs(weights).max(axis=0) for _, weights in members], axis=0)
         divisor = np.maximum(highest, TINY) ** SMOOTHING / np.maximum(widest, TINY) ** (1 - SMOOTHING)
         divisor = (divisor / np.exp(np.log(divisor).mean())).astype(np.float32)
-        port.replace_source_output(opset13.constant(_producer(port).data / divisor.reshape(shape)).output(0))
+        port.replace_source_output(opset13.constant(producer(port).data / divisor.reshape(shape)).output(0))
         for product, weights in members:
             product.input(1).replace_source_output(opset13.constant(weights * divisor).output(0))
         found += 1
@@ -127,13 +127,13 @@ def _float_weights(product: Any) -> NDArray[np.float32] | None:
 
 def _compressed_weights(product: Any) -> tuple[NDArray[Any], ...] | None:
     """Values and zeros in 8 bits, and scales, each a row for an output."""
-    path = [_producer(product.input(1))]
+    path = [producer(product.input(1))]
     for kind in ("Convert", "Multiply", "Subtract"):
         if path[-1].get_type_name() != kind:
             return None
-        path.append(_producer(path[-1].input(0)))
+        path.append(producer(path[-1].input(0)))
     _, scaled, centred, values = path
-    found = [_producer(port) for port in (values.input(0), _producer(centred.input(1)).input(0), scaled.input(1))]
+    found = [producer(port) for port in (values.input(0), producer(centred.input(1)).input(0), scaled.input(1))]
     whole = all(node.get_type_name() == "Constant" and node.data.ndim == 2 for node in found)
     return tuple(node.data for node in found) if whole and found[0].data.dtype == np.uint8 else None
 
@@ -144,7 +144,7 @@ def _scaled_by(source: Any) -> tuple[Any, tuple[int, ...]] | None:
     if node.get_type_name() != "Multiply" or width.is_dynamic:
         return None
     for port in node.inputs():
-        factor = _producer(port)
+        factor = producer(port)
         if factor.get_type_name() == "Constant" and factor.data.size == factor.data.shape[-1] == width.get_length():
             return port, (-1,)
         alone = len(factor.output(0).get_target_inputs()) == 1
@@ -157,13 +157,11 @@ def _highest(
     model: Any, products: Sequence[list[tuple[Any, Any]]], feeds: Sequence[dict[str, NDArray[Any]]]
 ) -> list[NDArray[np.float32]]:
     """The largest magnitude of each channel of each input."""
-    import openvino
-
     watched = model.clone()
     nodes = {node.get_friendly_name(): node for node in watched.get_ordered_ops()}
     first = len(watched.outputs)
     watched.add_outputs([nodes[members[0][0].get_friendly_name()].input_value(0) for members in products])
-    compiled = openvino.Core().compile_model(watched, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = compile_exactly(watched)
     found = [np.zeros(weights.shape[1], dtype=np.float32) for ((_, weights), *_) in products]
     for feed in feeds:
         request = compiled.create_infer_request()  # with an empty cache
@@ -174,5 +172,13 @@ def _highest(
     return found
 
 
-def _producer(port: Any) -> Any:
+def producer(port: Any) -> Any:
+    """The operation that an input comes from."""
     return port.get_source_output().get_node()
+
+
+def compile_exactly(model: Any) -> Any:
+    """For the CPU, in float32: to look at what a model computes."""
+    import openvino
+
+    return openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

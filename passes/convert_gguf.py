@@ -205,10 +205,11 @@ def _tensors(folder: Path, config: dict[str, Any], family: Family) -> Iterator[P
     layers = config.get("num_hidden_layers") or config["n_layer"]
     names = gguf.get_tensor_name_map(architecture, layers)
     stored = _stored(folder)
-    tied = config.get("tie_word_embeddings", "n_positions" in config) and _is_embedding(HEAD, stored, names)
+    tied = config.get("tie_word_embeddings", "n_positions" in config)
+    embedding = next(key for key in stored if names.get_name(key, try_suffixes=(".weight",)) == "token_embd.weight")
     experts: dict[str, list[str]] = {}
     for key in stored:
-        if key.endswith(SKIPPED) or (tied and key == HEAD):
+        if key.endswith(SKIPPED) or (tied and key == HEAD and _same(stored, key, embedding)):
             continue
         before, number, after = _expert(key)
         if number is not None:
@@ -233,18 +234,17 @@ def _tensors(folder: Path, config: dict[str, Any], family: Family) -> Iterator[P
         yield Planned("rope_freqs.weight", frequencies.shape, lambda: [frequencies])
 
 
-def _is_embedding(key: str, stored: dict[str, tuple[Path, tuple[int, ...]]], names: Any) -> bool:
-    """Whether a weight has the embedding's values: where it has others, transformers does not tie them."""
+def _same(stored: dict[str, tuple[Path, tuple[int, ...]]], one: str, other: str) -> bool:
+    """Whether two weights are equal, some rows at a time."""
     from safetensors import safe_open
 
-    embedding = next(each for each in stored if names.get_name(each, try_suffixes=(".weight",)) == "token_embd.weight")
-    if key not in stored or stored[key][1] != stored[embedding][1]:
-        return key not in stored
-    with safe_open(stored[key][0], framework="pt") as head, safe_open(stored[embedding][0], framework="pt") as table:
-        rows, columns = stored[key][1]
-        step = max(1, PIECE // columns)
-        pieces = (slice(begin, begin + step) for begin in range(0, rows, step))
-        return all(head.get_slice(key)[piece].equal(table.get_slice(embedding)[piece]) for piece in pieces)
+    shape = stored[one][1]
+    if shape != stored[other][1]:
+        return False
+    with safe_open(stored[one][0], framework="pt") as first, safe_open(stored[other][0], framework="pt") as second:
+        step = max(1, PIECE // shape[1])
+        pieces = (slice(begin, begin + step) for begin in range(0, shape[0], step))
+        return all(first.get_slice(one)[piece].equal(second.get_slice(other)[piece]) for piece in pieces)
 
 
 def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:

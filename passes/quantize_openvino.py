@@ -10,7 +10,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from optimize.models.tasks import TASKS
-from optimize.passes._openvino_rewrites import merge_products, shared_scale, smooth_activations
+from optimize.passes._openvino_rewrites import (
+    compile_exactly,
+    merge_products,
+    producer,
+    shared_scale,
+    smooth_activations,
+)
 from optimize.passes._sensitivity import SAMPLES, check_options, noisiest
 from optimize.passes.convert_openvino import IR, carry_tokenizers, write_runtime_options
 from optimize.pipeline.batches import Encoded, load_batches
@@ -148,7 +154,9 @@ def _noisiest(model: Any, feeds: list[Encoded], count: int) -> list[str]:
     if count == 0:
         return []
     nodes = [node for node in model.get_ordered_ops() if is_matmul_of_weights(node)]
-    compiled = _compile(openvino.Model([node.input_value(0) for node in nodes], model.get_parameters(), "inputs"))
+    compiled = compile_exactly(
+        openvino.Model([node.input_value(0) for node in nodes], model.get_parameters(), "inputs")
+    )
     runs = ([answer[index] for index in range(len(nodes))] for answer in map(compiled, feeds))
     return noisiest([node.get_friendly_name() for node in nodes], runs, count)
 
@@ -170,17 +178,17 @@ def _correct_bias(model: Any, source: Any, feeds: list[Encoded]) -> None:
     for product, original in zip(products, floats, strict=True):
         port = product.input(0)
         while (
-            _producer(port).get_type_name() == "FakeQuantize"
-            or "nncf_smooth_quant" in _producer(port).get_friendly_name()
+            producer(port).get_type_name() == "FakeQuantize"
+            or "nncf_smooth_quant" in producer(port).get_friendly_name()
         ):
-            port = _producer(port).input(0)
-        if _producer(port).get_type_name() != "Parameter":  # else an earlier product has the same input
+            port = producer(port).input(0)
+        if producer(port).get_type_name() != "Parameter":  # else an earlier product has the same input
             entries.append(openvino.opset13.parameter(port.get_partial_shape(), openvino.Type.f32))
             fed.append(original.input_value(0))
             port.replace_source_output(entries[-1].output(0))
     outputs = [node.output(0) for node in floats]
-    expected = _compile(openvino.Model([*outputs, *fed], source.get_parameters(), "expected"))
-    found = _compile(openvino.Model([node.output(0) for node in products], entries, "found"))
+    expected = compile_exactly(openvino.Model([*outputs, *fed], source.get_parameters(), "expected"))
+    found = compile_exactly(openvino.Model([node.output(0) for node in products], entries, "found"))
     errors = [np.zeros(output.partial_shape[-1].get_length()) for output in outputs]
     rows = np.zeros(len(outputs))
     for feed in feeds:
@@ -195,30 +203,20 @@ def _correct_bias(model: Any, source: Any, feeds: list[Encoded]) -> None:
         _add_to_bias(nodes[product.get_friendly_name()], -total / count)
 
 
-def _compile(model: Any) -> Any:
-    import openvino
-
-    return openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-
-
 def _add_to_bias(product: Any, correction: Any) -> None:
     """Add to the constant that follows a product; where none does, put one there."""
     from openvino import opset13
 
     followers = list(product.output(0).get_target_inputs())
     add = followers[0].get_node()
-    if len(followers) == 1 and add.get_type_name() == "Add" and _producer(add.input(1)).get_type_name() == "Constant":
-        bias = _producer(add.input(1)).data
+    if len(followers) == 1 and add.get_type_name() == "Add" and producer(add.input(1)).get_type_name() == "Constant":
+        bias = producer(add.input(1)).data
         corrected = (bias + correction.reshape(bias.shape)).astype(np.float32)
         add.input(1).replace_source_output(opset13.constant(corrected).output(0))
         return
     add = opset13.add(product, opset13.constant(correction.astype(np.float32)))
     for follower in followers:
         follower.replace_source_output(add.output(0))
-
-
-def _producer(port: Any) -> Any:
-    return port.get_source_output().get_node()
 
 
 def _count(model: Any, wanted: Callable[[Any], bool]) -> int:

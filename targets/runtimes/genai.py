@@ -36,7 +36,7 @@ class GenaiSession:
         self._context: int = settings["context_length"]
         config = onnxruntime_genai.Config(str(path))
         threads = {"session_options": {"intra_op_num_threads": cores}}
-        # with an end that no text has, or it would be timed as a fast one: one number, since a list is appended
+        # with an end that hardly a text has, or it would be timed as a fast one; one number, since a list is appended
         ends = {"eos_token_id": settings["vocab_size"] - 1, "pad_token_id": PAD}
         config.overlay(json.dumps({"model": ends | {"decoder": threads}}))
         self._model = onnxruntime_genai.Model(config)
