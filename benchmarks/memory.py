@@ -23,9 +23,9 @@ RECIPES = ("eager-bf16", "openvino-int8-weights", "openvino-int8-weights-smooth"
            "compiled-bf16")  # fmt: skip
 SLOW = {"2": ("openvino-int8-weights-smooth", "compiled-bf16")}  # over three minutes to build, or to compile
 SIZES = {
-    "0.1": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12},
-    "0.5": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
-    "2": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 15},
+    "0.1": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "num_key_value_heads": 1},
+    "0.5": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_key_value_heads": 3},
+    "2": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 15, "num_key_value_heads": 8},
 }
 QUICK = ("--workload", "1x32+4", "--budget", "1s", "--max-drop", "1", "--min-speedup", "0.0001", "--max-load", "1")
 
@@ -113,8 +113,7 @@ def make(folder: Path, name: str) -> None:
     sizes = SIZES[name]
     config = LlamaConfig(
         vocab_size=49152, tie_word_embeddings=True, head_dim=64, num_attention_heads=sizes["hidden_size"] // 64,
-        num_key_value_heads=max(1, sizes["hidden_size"] // 256), max_position_embeddings=512, bos_token_id=0,
-        eos_token_id=1, **sizes,
+        max_position_embeddings=512, bos_token_id=0, eos_token_id=1, **sizes,
     )  # fmt: skip
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)

@@ -74,7 +74,7 @@ class QuantizeOpenvino(Pass):
 
     def memory(self, checkpoint: Checkpoint) -> int:
         # what is read is mapped, and compiled for the calibration; what is written is whole in memory
-        copies = {"weights": 3.0 if self.smooth else 1.5, "int4": 3.0, "static": 4.0}[self.mode]
+        copies = {"weights": 3.6 if self.smooth else 1.5, "int4": 3.0, "static": 4.0}[self.mode]
         return FRAMEWORKS + int(copies * 4 * checkpoint.parameters)
 
     def weight_bytes(self, checkpoint: Checkpoint) -> int:
