@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
@@ -13,35 +13,37 @@ from optimize.pipeline.memory import FRAMEWORKS
 
 @dataclass(frozen=True)
 class ExportOnnx(Pass):
-    """Float32 graph; `fused` rewrites it into ONNX Runtime's own operators, which only ONNX Runtime can run.
+    """A graph in `dtype`; `fused` rewrites it into ONNX Runtime's own operators, which only ONNX Runtime can run.
 
+    In 16 bits it is for TensorRT, which computes in the types that the graph has.
     Source: https://huggingface.co/docs/transformers (exporters), https://onnx.ai/onnx/operators
     """
 
     name: ClassVar = "export-onnx"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.ONNX
-    version: ClassVar = 1
+    version: ClassVar = 2
     tools: ClassVar = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 
     opset: int = 20
     fused: bool = False
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     @property
     def arithmetic(self) -> str | None:
-        return "float32"
+        return self.dtype
 
     def memory(self, checkpoint: Checkpoint) -> int:
         return FRAMEWORKS + 2 * 4 * checkpoint.parameters
 
     def weight_bytes(self, checkpoint: Checkpoint) -> int:
-        return 4 * checkpoint.parameters
+        return (4 if self.dtype == "float32" else 2) * checkpoint.parameters
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         from transformers.exporters.configs import OnnxConfig
         from transformers.exporters.exporter_onnx import OnnxExporter
 
-        model = load_model(source.path, context.task, "float32")
+        model = load_model(source.path, context.task, self.dtype)
         inputs = sample_inputs(source.path)
         config = OnnxConfig(
             dynamic=True,
