@@ -25,6 +25,10 @@ RUNTIMES = {
     Kind.GGUF: "llamacpp",
     Kind.GENAI: "genai",
     Kind.OLLAMA: "ollama",
+    Kind.TORCHSCRIPT: "torchscript",
+    Kind.IPEX: "ipex",
+    Kind.TENSORRT: "tensorrt",
+    Kind.TENSORRT_RTX: "tensorrt_rtx",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from optimize.pipeline.contract import Array, Batch
-from optimize.targets.runtimes.eager import to_numpy
+from optimize.targets.runtimes.tensors import to_numpy
 
 
 class AotiSession:

@@ -13,7 +13,8 @@ from transformers import CompileConfig, StaticCache
 
 from optimize.passes.compile_generate import COMPILING
 from optimize.pipeline.contract import Array, Generation
-from optimize.targets.runtimes.eager import EagerGenerator, padded, to_numpy
+from optimize.targets.runtimes.eager import EagerGenerator, padded
+from optimize.targets.runtimes.tensors import to_numpy
 
 
 class CompiledGenerator(EagerGenerator):

@@ -23,6 +23,7 @@ from optimize.passes.compile_generate import COMPILING
 from optimize.pipeline.contract import Array, Batch, Generation, Layers
 from optimize.targets.runtimes import weights_key
 from optimize.targets.runtimes.packing import pack_int4
+from optimize.targets.runtimes.tensors import to_numpy
 
 FRAMES = 3  # modules that are shown of an overflow: the one that overflows, and those before it
 
@@ -186,9 +187,3 @@ def _overflow(session: EagerSession, batches: Sequence[Batch]) -> str:
         for batch in batches:
             session.run({name: batch[name] for name in session.inputs if name in batch})
     return printed.getvalue().strip()
-
-
-def to_numpy(tensor: torch.Tensor) -> Array:
-    """A float32 array (numpy has no bfloat16); integers stay what they are."""
-    array: Array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    return array if array.dtype != np.float64 else array.astype(np.float32)

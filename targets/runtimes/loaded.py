@@ -13,6 +13,7 @@ from transformers import modeling_outputs
 
 from optimize.models.checkpoint import max_length, read_config
 from optimize.models.tasks import TASKS
+from optimize.pipeline.contract import DEFAULT
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.manifest import Manifest, read_intact
 from optimize.targets.runtimes import TEXTUAL, open_session, token_ids
@@ -99,6 +100,11 @@ def load(folder: Path) -> LoadedModel | LoadedGenerator:
         raise RequestError(
             f"{manifest.kind} gives text and no logits, which transformers' generate needs",
             hint=f"serve it with optimize serve {folder}, or see {folder}/README.md",
+        )
+    if manifest.kind.toolchain != DEFAULT:
+        raise RequestError(
+            f"{manifest.kind} runs in the toolchain {manifest.kind.toolchain} alone, not in this Python",
+            hint=f"{folder}/README.md has the lines that run it there; optimize verify {folder} checks it",
         )
     if TASKS[manifest.report.checkpoint.task].generates:
         return LoadedGenerator(folder, manifest)

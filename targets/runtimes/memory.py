@@ -23,6 +23,10 @@ RESIDENT = {
     Kind.GGUF: (150 * MIB, 2.0),
     Kind.OLLAMA: (300 * MIB, 2.0),  # its server among it
     Kind.GENAI: (500 * MIB, 2.2),
+    Kind.TORCHSCRIPT: (EAGER, 2.0),
+    Kind.IPEX: (EAGER, 3.0),
+    Kind.TENSORRT: (500 * MIB, 2.0),  # on the host, where an engine is read before it goes to the GPU
+    Kind.TENSORRT_RTX: (500 * MIB, 2.0),
 }
 LOGITS = 4  # copies of a window's logits, while it is scored
 
