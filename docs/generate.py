@@ -21,6 +21,7 @@ from optimize.pipeline.cli import main_group
 from optimize.pipeline.driver import target_names
 from optimize.pipeline.manifest import schema
 from optimize.pipeline.recipe import pass_class, pass_names
+from optimize.pipeline.toolchains import read_toolchain, toolchain_names
 
 DOCS = Path(__file__).parent
 TABLE = "| input | code | message begins |\n|---|---|---|\n"
@@ -34,7 +35,10 @@ What has no line above is not in this version. What is, but was never run, or on
 | what | state |
 |---|---|
 | targets `gpu` and `multi-gpu` | a later version: no pass, runtime or measurement for them yet |
-| IPEX, TensorRT, TensorRT-LLM, vLLM | not in this version |
+| TensorRT-LLM, vLLM | not in this version |
+| TensorRT | `build-tensorrt` and its runtime are written; TensorRT's own libraries were not there to run them |
+| TensorRT for RTX | engines are built here; none was run, for want of an RTX GPU, nor inspected, for want of a driver |
+| workers on Python 3.10 | types are checked as 3.10 has them; run on 3.11 and 3.12 alone |
 | OpenVINO Model Server | not run here: a language model in OpenVINO is run by openvino-genai |
 | Ollama | written after its documentation and source of August 2026; only run against a stand-in, never a real Ollama |
 | encoder-decoders, vision, audio | not in this version: no task for them |
@@ -73,13 +77,21 @@ def support_page() -> str:
         options = ", ".join(f"`{field.name}={field.default}`" for field in dataclasses.fields(cls)) or "none"
         rows.append((f"`{name}`", cls.accepts.value, cls.produces.value, cls.toolchain, options))
     parts.append(_table(("pass", "reads", "makes", "toolchain", "options (defaults)"), rows))
+    parts.append("## Toolchains\n")
+    rows = []
+    for name in toolchain_names():
+        toolchain = read_toolchain(name)
+        why = "; ".join(filter(None, (toolchain.why, toolchain.archived, toolchain.elsewhere)))
+        size = f"{toolchain.disk / 1e9:.1f} GB" if toolchain.disk else ""
+        rows.append((f"`{name}`", ", ".join(toolchain.requirements or toolchain.provides), toolchain.python, size, why))
+    parts.append(_table(("toolchain", "has", "Python", "disk", "why it stands apart"), rows))
     parts.append("## Targets\n")
     modules = [(name, importlib.import_module(f"optimize.targets.{name.replace('-', '_')}")) for name in target_names()]
     rows = [
         (f"`{name}`{what}", "<br>".join(_recipe(module, recipe, text, later) for recipe, text in texts.items()))
         for name, module in modules
         for what, texts, later in (
-            ("", module.RECIPES, frozenset()),
+            ("", module.RECIPES, module.BY_NAME),
             (", language models", module.GENERATING, module.BY_NAME),
         )
     ]

@@ -4,7 +4,6 @@ All traffic and the cache layout are huggingface_hub's: HF_ENDPOINT, HF_HOME, HF
 mean there. A dropped connection resumes at the last whole chunk (10 MiB); a run that was stopped keeps complete files.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from threading import Thread
 from typing import Any
 
 from optimize.pipeline.errors import CheckpointError
+from optimize.pipeline.store import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -177,8 +177,7 @@ def _verify(folder: Path, files: list[Any], marker: Path) -> None:
         path = folder / file.rfilename
         if not path.is_file() or path.stat().st_mtime_ns < since:
             continue  # _gaps names what is absent
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = sha256_of(path)
         if (path.stat().st_size, digest) != (file.lfs.size, file.lfs.sha256):
             for bad in {path, path.resolve()}:  # the link and its blob
                 bad.unlink()

@@ -73,9 +73,8 @@ class OllamaServer:
         self._port, self.version = self._port or _free_port(self._host), ""
         command = [shutil.which(EXECUTABLE) or EXECUTABLE, "serve"]
         inside = os.getsid(0) == os.getpid()  # a worker leads its session: whoever kills it kills its whole group
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, env=self._environment(), process_group=None if inside else 0
-        )
+        group_of_its_own: dict[str, Any] = {} if inside else {"process_group": 0}
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=self._environment(), **group_of_its_own)
         group = os.getpgrp() if inside else self._process.pid
         self._watch = subprocess.Popen(["sh", "-c", WATCH, str(group)], stdin=subprocess.PIPE, start_new_session=True)
         deadline = time.monotonic() + STARTING

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from optimize.pipeline.contract import Artifact, StepFacts, Target
+from optimize.pipeline.contract import DEFAULT, Artifact, Cell, StepFacts, Target
 from optimize.pipeline.errors import PassError, WorkerError
 from optimize.pipeline.plan import Step
 from optimize.pipeline.progress import Progress
 from optimize.pipeline.store import Damage, Entry, Store
+from optimize.pipeline.toolchains import Environment
 from optimize.pipeline.trial import STEP_LIMIT
 from optimize.pipeline.workers import WorkerProcess
 
@@ -26,8 +27,11 @@ class Builder:
     task: str
     check: Callable[[], None]  # raises when the checkpoint is no longer what was planned with
     progress: Progress
+    environments: Mapping[str, Environment] = field(default_factory=dict)  # by toolchain
+    workload: Sequence[Cell] = ()
     failed: dict[str, str] = field(default_factory=dict)  # key of a step that failed in this run -> why
     _worker: WorkerProcess | None = None
+    _toolchain: str = DEFAULT  # of the worker
 
     def build(self, step: Step, source: Artifact) -> tuple[Entry, bool]:
         """The artifact of one step, and whether it was in the store. Raises PassError; a step is tried once a run."""
@@ -47,10 +51,14 @@ class Builder:
                 self.failed[step.key] = error.message.splitlines()[0]
                 raise
 
-    def worker(self, toolchain: str = "default") -> WorkerProcess:
-        """The one that builds; it also encodes text, since it has imported what that takes."""
+    def worker(self, toolchain: str = DEFAULT) -> WorkerProcess:
+        """The one that builds; it also encodes text, since it has imported what that takes. One at a time."""
+        if toolchain != self._toolchain:
+            self.end()
         if self._worker is None:
-            self._worker = WorkerProcess(self.folder / "logs" / "build.log", toolchain=toolchain)
+            name = "build" if toolchain == DEFAULT else f"build-{toolchain}"
+            self._worker = WorkerProcess(self.folder / "logs" / f"{name}.log", self.environments.get(toolchain))
+            self._toolchain = toolchain
         return self._worker
 
     def end(self) -> None:
@@ -66,10 +74,11 @@ class Builder:
             "task": self.task,
             "target": asdict(self.target),
             "calibration": str(self.folder / "calibration.npz") if step.step.calibrated else None,
+            "workload": [asdict(cell) for cell in self.workload],
         }
         request = self.folder / "steps" / f"{step.key[:10]}-{step.step.name}.json"
         request.parent.mkdir(exist_ok=True)
-        request.write_text(json.dumps(arguments, indent=1))
+        request.write_text(json.dumps({"toolchain": step.step.toolchain, **arguments}, indent=1))
         try:
             with self.store.building(step.key) as out:
                 worker = self.worker(step.step.toolchain)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from optimize.pipeline.contract import Kind, Meaning
+from optimize.pipeline.contract import DEFAULT, Kind, Meaning
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.progress import accuracy_text
 from optimize.pipeline.verdict import Candidate
+
+LOCK = "toolchain.lock"  # in the emitted folder of what only a toolchain opens
 
 TOKENIZE = """from transformers import AutoTokenizer
 
@@ -28,6 +30,13 @@ names = model.get_metadata()["inputs"].split(",")
 with torch.inference_mode():
     outputs = model(**{{name: inputs[name] for name in names}})
 """,
+    Kind.TORCHSCRIPT: """import torch
+
+extra = {{"inputs": ""}}
+model = torch.jit.load("model.pt", _extra_files=extra)
+with torch.no_grad():
+    outputs = model(*(inputs[name] for name in extra["inputs"].decode().split(",")))
+""",
     Kind.ONNX: """import onnxruntime
 
 session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
@@ -44,9 +53,13 @@ outputs = {{port.any_name: result[port] for port in model.outputs}}
 """,
 }
 
+for engines in (Kind.TENSORRT, Kind.TENSORRT_RTX):
+    RUN[engines] = "# engine.json names inputs and profiles; see the samples of {auto_class}'s runtime, TensorRT\n"
+RUN[Kind.IPEX] = "import intel_extension_for_pytorch\n" + RUN[Kind.TORCHSCRIPT]
 IMPORTS = {
     Kind.CHECKPOINT: ("torch",),
     Kind.AOTI: ("torch",),
+    Kind.TORCHSCRIPT: ("torch",),
     Kind.ONNX: ("onnxruntime",),
     Kind.OPENVINO: ("openvino", "openvino-genai"),
     Kind.GGUF: ("xllamacpp",),
@@ -126,6 +139,12 @@ WITH_RUNTIME = """With its runtime and transformers' tokenizer, in this folder (
 
 Or with `import optimize; model = optimize.load(".")`, which drops into `transformers.pipeline`.
 """
+WITH_TOOLCHAIN = """With its runtime and transformers' tokenizer, in this folder and an environment of its own ({apart};
+`{install}`):
+
+```python
+{usage}```
+"""
 WITH_OLLAMA = """With Ollama, in this folder (proved with version {version}; it gives no logits, so it was judged by
 tokens). Once, which copies the weights into Ollama's own store:
 
@@ -165,7 +184,7 @@ def usage(report: Report, kind: Kind, recipe: str) -> str:
         prepare = (PACK if "quantize-torchao{mode=int4}" in recipe else "") + (COMPILE if compiles else "")
         options = ", compile_config=compiling" if compiles else ""
         return GENERATES.get(kind) or GENERATE.format(prepare=prepare, options=options)
-    tensors = "pt" if kind in (Kind.CHECKPOINT, Kind.AOTI) else "np"
+    tensors = "pt" if kind in (Kind.CHECKPOINT, Kind.AOTI, Kind.TORCHSCRIPT, Kind.IPEX) else "np"
     auto_class = TASKS[report.checkpoint.task].auto_class
     run = RUN[kind].format(auto_class=auto_class, torch=report.host.packages.get("torch"))
     pooled = POOL[report.evaluation.pooling] if report.evaluation.pooling else ""
@@ -174,6 +193,8 @@ def usage(report: Report, kind: Kind, recipe: str) -> str:
 
 def install(report: Report, kind: Kind, recipe: str) -> str:
     """The command that installs what `usage` imports, in the versions that it was proved with."""
+    if kind.toolchain != DEFAULT:
+        return f"pip install --require-hashes --no-deps -r {LOCK}"
     versions = report.host.packages
     needed = [name for name in IMPORTS[kind] if name != "openvino-genai" or report.evaluation.meaning is Meaning.NEXT]
     quantizer = ("torchao",) if "quantize-torchao" in recipe else ()
@@ -243,7 +264,18 @@ On {host.target.device} ({host.target.cores} cores), {report.created}:
 
 def _how_to_run(report: Report, winner: Candidate) -> str:
     form = WITH_OLLAMA if winner.kind is Kind.OLLAMA else WITH_RUNTIME
+    if winner.kind.toolchain != DEFAULT:
+        form = WITH_TOOLCHAIN
     asked = (report, winner.kind, winner.recipe)
     return form.format(
-        install=install(*asked), usage=usage(*asked), version=report.host.packages.get("ollama", "unknown")
-    )
+        install=install(*asked), usage=usage(*asked), version=report.host.packages.get("ollama", "unknown"),
+        apart=_toolchain_text(report, winner.kind),
+    )  # fmt: skip
+
+
+def _toolchain_text(report: Report, kind: Kind) -> str:
+    found = report.host.toolchains.get(kind.toolchain)
+    if found is None:
+        return ""
+    named = ", proved in one that its maker named" if found.named else ""
+    return f"toolchain {kind.toolchain}, Python {found.python}{named}"

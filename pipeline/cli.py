@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +15,9 @@ import click
 from click_default_group import DefaultGroup
 
 from optimize.pipeline import terminal
+from optimize.pipeline.contract import DEFAULT
 from optimize.pipeline.errors import ExitCode, RequestError
+from optimize.pipeline.toolchain_cli import confirm_install, toolchain_group
 
 FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
 
@@ -51,6 +54,8 @@ def main_group() -> None:
     "--objective", default="latency", show_default=True, help="Emit the best at: latency, throughput, memory, size."
 )
 @click.option("--memory", metavar="SIZE", help="What may be used, such as 6GiB (or 6). [default: what the host has]")
+@click.option("--yes", is_flag=True, help="Install the toolchains that the given recipes need. [default: ask]")
+@click.option("--allow-archived", is_flag=True, help="Emit also what is made with unmaintained software (IPEX).")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report here too.")
 @click.option(
@@ -77,7 +82,8 @@ def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **opti
     with terminal.errors_to(json_file):
         if not dry_run:
             terminal.check_writable(json_file)
-        planned = Request(**options).plan()
+        ask = console.is_terminal and sys.stdin.isatty() and not dry_run
+        planned = Request(**options).plan(confirm_install if ask else lambda _: False)
     terminal.check_outside(json_file, planned.out, store)
     with terminal.errors_to(json_file):
         if dry_run:
@@ -291,15 +297,38 @@ def repeat(request: Path) -> int:
 
     try:
         arguments = json.loads(request.read_text())
+        toolchain = arguments.pop("toolchain")
         inspect.signature(Worker.build).bind(None, **arguments, out="")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RequestError(
             f"{request} is not a step's request: {error}", hint="give the file that the error named"
         ) from None
     out = tempfile.mkdtemp(prefix="optimize-repeat-")
-    facts = Worker().build(**arguments, out=out)
+    if toolchain == DEFAULT:
+        facts = Worker().build(**arguments, out=out)
+    else:
+        facts = _repeat_apart(toolchain, request, arguments | {"out": out})
     terminal.say(f"built into {out}: {facts}")
     return ExitCode.EMITTED
+
+
+def _repeat_apart(toolchain: str, request: Path, arguments: dict[str, Any]) -> Any:
+    from optimize.pipeline.driver import cache_folder
+    from optimize.pipeline.toolchains import Toolchains
+    from optimize.pipeline.trial import STEP_LIMIT
+    from optimize.pipeline.workers import WorkerProcess
+
+    run = request.resolve().parents[1]  # RUN/steps/REQUEST
+    cache = run.parents[1] if run.parent.name == "runs" else cache_folder(None)
+    environment = Toolchains(cache).find(toolchain)
+    with tempfile.TemporaryDirectory() as scratch, WorkerProcess(Path(scratch) / "log", environment) as worker:
+        try:
+            return worker.ask("build", limit=STEP_LIMIT, **arguments)
+        finally:
+            terminal.say(worker.log.read_text(errors="replace"))
+
+
+main_group.add_command(toolchain_group)
 
 
 def main() -> NoReturn:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -19,7 +19,19 @@ Batch = Mapping[str, Array]  # input or output name -> array; the first axis is 
 Labels = tuple[int, ...] | tuple[float, ...] | tuple[tuple[int, ...], ...] | tuple[tuple[str, ...], ...]
 
 
-class Kind(StrEnum):
+class Word(str, Enum):
+    """A word of this system. As enum.StrEnum, which a toolchain's Python may be too old for."""
+
+    __str__ = str.__str__
+
+    def __format__(self, form: str) -> str:
+        return str.__format__(self, form)
+
+
+DEFAULT = "default"  # the toolchain that is this interpreter
+
+
+class Kind(Word):
     """What a folder holds. The value is the word used in recipes' errors, manifests and the store."""
 
     CHECKPOINT = "checkpoint"  # config.json and *.safetensors, as transformers saves them
@@ -29,9 +41,18 @@ class Kind(StrEnum):
     GGUF = "gguf"  # model.gguf, for llama.cpp
     OLLAMA = "ollama"  # model.gguf and the Modelfile from which Ollama makes its model
     GENAI = "onnxruntime-genai"  # genai_config.json, model.onnx with model.onnx.data, and a tokenizer
+    TORCHSCRIPT = "torchscript"  # model.pt, traced and frozen
+    IPEX = "ipex"  # the same with operations of intel-extension-for-pytorch
+    TENSORRT = "tensorrt"  # model.engine, and what its builder says of it
+    TENSORRT_RTX = "tensorrt-rtx"  # the same, compiled to the end by the driver of the GPU that runs it
+
+    @property
+    def toolchain(self) -> str:
+        """The environment that opens such a folder."""
+        return self.value if self in (Kind.IPEX, Kind.TENSORRT, Kind.TENSORRT_RTX) else DEFAULT
 
 
-class Meaning(StrEnum):
+class Meaning(Word):
     """What the last axis of a judged output is, which says how two of them are compared."""
 
     VECTOR = "vector"  # a direction and a length
@@ -41,7 +62,7 @@ class Meaning(StrEnum):
     NEXT = "next"  # logits of the next token, given those before it
 
 
-class LabelKind(StrEnum):
+class LabelKind(Word):
     """What one example of labelled data is labelled with."""
 
     CLASS = "class"  # one class of the model, by index
@@ -129,12 +150,30 @@ class Artifact:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """One point of the workload: what is timed as one call."""
+
+    batch: int
+    sequence: int  # tokens, all of them real: no padding; of a generation, those of the prompt
+    new: int = 0  # tokens that are generated for each prompt; 0 is one forward pass
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.sequence}" + (f"+{self.new}" if self.new else "")
+
+    @property
+    def tokens(self) -> int:
+        """All that go through the model in one call."""
+        return self.batch * (self.sequence + self.new)
+
+
+@dataclass(frozen=True)
 class Context:
     """What a pass may know besides its source. Whatever it uses of this must be in its key."""
 
     task: str
     target: Target
     calibration: Path | None = None  # an .npz of model inputs (see models/encoding.py), never of evaluation examples
+    workload: tuple[Cell, ...] = ()  # what will be measured
 
 
 @dataclass(frozen=True)
@@ -151,7 +190,7 @@ class Pass(ABC):
     produces: ClassVar[Kind]
     version: ClassVar[int]  # bump when the output changes for the same input and options
     tools: ClassVar[tuple[str, ...]]  # distributions whose versions enter the key
-    toolchain: ClassVar[str] = "default"  # the environment it runs in
+    toolchain: ClassVar[str] = DEFAULT  # the environment it runs in: see targets/toolchains/
     target_facts: ClassVar[tuple[str, ...]] = ()  # fields of Target that change the output, such as "features"
 
     @property
@@ -163,6 +202,11 @@ class Pass(ABC):
     def arithmetic(self) -> str | None:
         """The dtype that matrix products run in from here on, in torch's spelling; None: the same as before."""
         return None
+
+    @property
+    def shaped(self) -> bool:
+        """Whether what it makes is for the shapes of the workload (which then enters the key)."""
+        return False
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         """Why it cannot run for this checkpoint here, or None. Cheap: it imports no framework."""
@@ -204,26 +248,22 @@ class Recipe:
     def produces(self) -> Kind:
         return self.passes[-1].produces if self.passes else Kind.CHECKPOINT
 
+    @property
+    def toolchains(self) -> tuple[str, ...]:
+        """The environments that it needs beside the default one, to be built and to be run."""
+        names = [*(step.toolchain for step in self.passes), self.produces.toolchain]
+        return tuple(dict.fromkeys(name for name in names if name != DEFAULT))
+
+    def why_not(self, checkpoint: Checkpoint, target: Target) -> str | None:
+        """Why one of its passes cannot run for this checkpoint there, whatever is installed; or None."""
+        for step in self.passes:
+            if (reason := step.requires(checkpoint, target)) is not None:
+                return f"{step.name}: {reason}"
+        return None
+
     def arithmetic(self, dtype: str) -> str:
         """The dtype that its matrix products run in, for a checkpoint of that dtype."""
         return next(filter(None, (step.arithmetic for step in reversed(self.passes))), dtype)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One point of the workload: what is timed as one call."""
-
-    batch: int
-    sequence: int  # tokens, all of them real: no padding; of a generation, those of the prompt
-    new: int = 0  # tokens that are generated for each prompt; 0 is one forward pass
-
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.sequence}" + (f"+{self.new}" if self.new else "")
-
-    @property
-    def tokens(self) -> int:
-        """All that go through the model in one call."""
-        return self.batch * (self.sequence + self.new)
 
 
 @dataclass(frozen=True)
@@ -235,7 +275,7 @@ class Gates:
     max_load: float = 0.2  # share of the host's processors that foreign work may take while it is timed
 
 
-class Objective(StrEnum):
+class Objective(Word):
     """What the best of those that pass is best at."""
 
     LATENCY = "latency"  # speedup over all cells of the workload

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import pkgutil
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 from optimize.pipeline.contract import Checkpoint, Gates, Labelling, Objective, Recipe, Target
 from optimize.pipeline.emit import check_out
 from optimize.pipeline.errors import OptimizeError, RequestError
+from optimize.pipeline.installing import install_missing
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.memory import GIB, parse_memory
 from optimize.pipeline.plan import Plan, make_plan, shortened
@@ -26,7 +28,9 @@ from optimize.pipeline.progress import Progress
 from optimize.pipeline.recipe import parse
 from optimize.pipeline.run import Run, Texts, new_run_folder
 from optimize.pipeline.store import Store
+from optimize.pipeline.toolchains import Toolchain, Toolchains
 
+logger = logging.getLogger(__name__)
 LIVE = "live.lock"  # in a run's folder: held by the process that runs it
 _UNITS = {"s": 1, "m": 60, "h": 3600, "": 1}
 
@@ -49,9 +53,15 @@ class Request:
     objective: str = Objective.LATENCY
     memory: str | None = None  # what the host has
     cache: Path | None = None
+    allow_archived: bool = False
+    yes: bool = False
 
-    def plan(self) -> Planned:
-        """Resolve the checkpoint, read the data, give every step its key. Nothing is built, nothing is written."""
+    def plan(self, confirm: Callable[[Toolchain], bool] = lambda _: False) -> Planned:
+        """Resolve the checkpoint, read the data, give every step its key. Nothing is built, nothing is written.
+
+        But a toolchain that a recipe needs which was asked for is installed, where `yes` or what `confirm` returns
+        for it says so.
+        """
         # lazily and by name: these are the layers above pipeline/, and only a request reaches up to them
         checkpoints = importlib.import_module("optimize.models.checkpoint")
         examples = importlib.import_module("optimize.models.examples")
@@ -74,15 +84,20 @@ class Request:
         classes = checkpoints.id2label(checkpoint.folder) if named else None
         read = examples.read_examples(self.data, task, classes)
         offered = defaults.recipes(checkpoint, target)
+        recipes, toolchains = self._recipes(offered), Toolchains(cache)
+        if self.recipes:
+            able = [recipe for recipe in recipes if recipe.why_not(checkpoint, target) is None]
+            needed = {name for recipe in able for name in recipe.toolchains}
+            install_missing(toolchains, sorted(needed), lambda each: self.yes or confirm(each), logger.warning)
         plan = make_plan(
-            checkpoint, target, self._recipes(offered), others=offered,
+            checkpoint, target, recipes, others=offered,
             workload=self.workload or shortened(task.workload, checkpoint.max_length),
             generates=task.generates, budget=parse_budget(self.budget or task.budget),
             gates=Gates(task.max_drop if self.max_drop is None else self.max_drop, self.min_speedup, self.max_load),
             evaluation=f"{len(read.evaluation)} examples of {read.source}, {len(read.calibration)} others to calibrate"
             + (f"; {len(read.questions)} questions of {self.data}" if read.questions else ""),
             calibration_digest=read.calibration_digest if read.calibration else None,
-            running_memory=memory.running_memory,
+            running_memory=memory.running_memory, toolchains=toolchains, allow_archived=self.allow_archived,
         )  # fmt: skip
         pooling = tasks.sentence_pooling(checkpoint.folder) if task.name == "sentence-similarity" else None
         labelling = Labelling(read.kind, read.labels, classes) if read.kind is not None else None

@@ -9,11 +9,12 @@ import tempfile
 from pathlib import Path
 
 from optimize.pipeline.batches import load_batches
-from optimize.pipeline.card import model_card
-from optimize.pipeline.contract import Artifact
+from optimize.pipeline.card import LOCK, model_card
+from optimize.pipeline.contract import DEFAULT, Artifact
 from optimize.pipeline.errors import OptimizeError, OutputError, RequestError
 from optimize.pipeline.manifest import FILE, SCHEMA_VERSION, Manifest, Report, to_json
 from optimize.pipeline.store import digest_files
+from optimize.pipeline.toolchains import read_toolchain
 from optimize.pipeline.trial import CELLS, TEXT, Trial
 from optimize.pipeline.verdict import Candidate
 
@@ -90,6 +91,8 @@ def _fill(package: Path, report: Report, artifact: Artifact, run: Path) -> None:
         if not re.search(r"\.safetensors$", name) and not (package / name).exists():
             (package / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint / name, package / name)
+    if artifact.kind.toolchain != DEFAULT and (lock := read_toolchain(artifact.kind.toolchain).lock):
+        (package / LOCK).write_text(lock)
     (package / EVIDENCE).mkdir()
     for name in EVIDENCE_FILES:
         shutil.copyfile(run / name, package / EVIDENCE / name)

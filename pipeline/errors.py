@@ -49,6 +49,16 @@ class PassError(OptimizeError):
     exit_code = ExitCode.NOT_BUILT
 
 
+class ToolchainError(OptimizeError):
+    """A toolchain cannot be used here, or could not be made. In a plan it is why a recipe is left out."""
+
+    exit_code = ExitCode.NOT_BUILT
+
+    def __init__(self, message: str, *, hint: str | None = None, absent: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.absent = absent  # nobody has made it; not: it is broken
+
+
 class WorkerError(OptimizeError):
     """A worker process died, hung past its limit, or answered with an error."""
 

@@ -22,6 +22,7 @@ from optimize.pipeline.emit import EVIDENCE, EVIDENCE_FILES
 from optimize.pipeline.errors import ArtifactError, RequestError, WorkerError
 from optimize.pipeline.manifest import FILE, REPORT, Report, read_manifest, read_report
 from optimize.pipeline.store import Damage, Store, check_files
+from optimize.pipeline.toolchains import Toolchains
 from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Trial
 from optimize.pipeline.verdict import Candidate, Status
 from optimize.pipeline.verify import find_checkpoint
@@ -128,9 +129,11 @@ def _explain(report: Report, inputs: Path, candidate: Candidate, cache: Path | N
             hint="run optimize again where it is now, then explain that run",
         )
     chain = [("checkpoint", Artifact(Kind.CHECKPOINT, checkpoint, "", ""))]
-    chain += _artifacts(candidate, Store(cache_folder(cache) / "store"))
+    cache = cache_folder(cache)
+    chain += _artifacts(candidate, Store(cache / "store"))
     with tempfile.TemporaryDirectory(prefix="optimize-explain-") as scratch:
-        trial = Trial.of_report(report, inputs, Path(scratch), report.host.target.cores, checkpoint)
+        environments = Toolchains(cache).find_all([artifact.kind.toolchain for _, artifact in chain])
+        trial = Trial.of_report(report, inputs, Path(scratch), report.host.target.cores, checkpoint, environments)
         reference = {batches: load_batches(inputs / f"reference.{batches}.npz") for batches in (TEXT, CELLS)}
         stages = [_stage(trial, step, artifact, reference) for step, artifact in chain]
         # a checkpoint in 16 bits may be rejected by itself, and what is exported from it in 32 bits not
@@ -230,7 +233,8 @@ def _compare_layers(
 ) -> tuple[tuple[LayerDrop, ...], str | None]:
     """The layers of `after` against those of `before`, under the names that the checkpoint's modules have."""
     try:
-        with WorkerProcess(trial.scratch / "logs" / "layers.log") as worker:
+        environment = trial.environments.get(after.kind.toolchain)
+        with WorkerProcess(trial.scratch / "logs" / "layers.log", environment) as worker:
             sides = []
             for artifact in (before, after):
                 seen = _look(trial, worker, artifact, BATCHES)

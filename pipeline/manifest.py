@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,14 @@ from optimize.pipeline.measure import Speed
 from optimize.pipeline.roofline import Peaks, Roof, Work
 from optimize.pipeline.store import check_files
 from optimize.pipeline.tokens import TokenAccuracy
+from optimize.pipeline.toolchains import Environment
 from optimize.pipeline.verdict import Candidate, Throughput
 from optimize.pipeline.versions import installed_version, ollama_version
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-SCHEMA_VERSION = "2.2"
+SCHEMA_VERSION = "2.3"
 FILE = "optimize.json"
 REPORT = "report.json"  # in a run's folder
 RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers",
@@ -80,6 +82,16 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class ToolchainFacts:
+    """An environment that stood apart."""
+
+    python: str  # its version
+    digest: str  # of the lock that it was made from; where the user named it, of its packages
+    named: bool  # by the user, who answers for what is in it
+    packages: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Host:
     """Where it was proved."""
 
@@ -87,6 +99,7 @@ class Host:
     system: str
     python: str
     packages: dict[str, str]
+    toolchains: dict[str, ToolchainFacts] = field(default_factory=dict)  # that recipes of the run used
 
 
 @dataclass(frozen=True)
@@ -133,11 +146,15 @@ def source_of(checkpoint: Checkpoint) -> Source:
     )  # fmt: skip
 
 
-def host_of(target: Target) -> Host:
+def host_of(target: Target, environments: Mapping[str, Environment] | None = None) -> Host:
     """This host's part of a report."""
     versions = {name: installed_version(name) for name in RECORDED} | {"ollama": ollama_version()}
     packages = {name: version for name, version in versions.items() if version is not None}
-    return Host(target, platform.platform(), platform.python_version(), packages)
+    toolchains = {
+        name: ToolchainFacts(each.version, each.digest, each.named, dict(each.packages))
+        for name, each in (environments or {}).items()
+    }
+    return Host(target, platform.platform(), platform.python_version(), packages, toolchains)
 
 
 def adapter(kind: Any) -> TypeAdapter[Any]:

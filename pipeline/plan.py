@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Pass, Recipe, Target
-from optimize.pipeline.errors import RequestError
+from optimize.pipeline.errors import RequestError, ToolchainError
 from optimize.pipeline.memory import DRIVER, GIB, MORE, Need, gib, what_would_fit, why_too_large
 from optimize.pipeline.recipe import UNCHANGED, parse, pass_text, recipe_text
 from optimize.pipeline.store import Store
+from optimize.pipeline.toolchains import Environment, Toolchains, read_toolchain
 from optimize.pipeline.versions import installed_version
 
 KEY_VERSION = 1  # bump when the meaning of keys changes
@@ -44,6 +45,7 @@ class PlannedRecipe:
     recipe: Recipe
     steps: tuple[Step, ...]
     need: Need
+    archived: str = ""  # why it is not emitted unless that is asked for: what it is made with is not maintained
 
     @property
     def key(self) -> str:
@@ -80,6 +82,8 @@ class Plan:
     reference: Step | None  # what makes the float32 reference, where the checkpoint itself is not float32
     reference_memory: int = 0  # bytes that the reference's worker has resident at most, by estimate
     baseline_memory: int = 0  # the same of the baseline's
+    environments: Mapping[str, Environment] = field(default_factory=dict)  # by toolchain, of those that are used
+    allow_archived: bool = False  # whether a recipe that is archived may be emitted
 
     def fits_beside_baseline(self, recipes: Iterable[PlannedRecipe]) -> bool:
         """Whether these can be built while the baseline is kept in memory."""
@@ -113,10 +117,16 @@ class Plan:
                 state = "" if store is None else " [cached]" if store.has(step.key) else " [build]"
                 steps.append(f"{step.pass_text}{state} {step.key[:10]}")
             condition = f" (if {planned.recipe.after} is inaccurate)" if planned.recipe.after else ""
+            if planned.archived and not self.allow_archived:
+                condition += " (archived: measured, not emitted)"
             lines.append(
                 f"{planned.recipe.name:<{width}}  {' -> '.join(steps) or 'the checkpoint as it is'}"
                 f"; {gib(planned.need.build)} GiB to build, {gib(planned.need.run)} to run{condition}"
             )
+        lines += [
+            f"toolchain {name}: {'named by the user: ' if each.named else ''}{each.python}, Python {each.version}"
+            for name, each in sorted(self.environments.items())
+        ]
         lines += [f"left out: {left.recipe.name}: {left.reason}" for left in self.left_out]
         return "\n".join(lines)
 
@@ -134,6 +144,8 @@ def make_plan(
     calibration_digest: str | None = None,
     others: Iterable[Recipe] = (),
     running_memory: RunningMemory = lambda *_: 0,
+    toolchains: Toolchains | None = None,
+    allow_archived: bool = False,
 ) -> Plan:
     """Give every step its key and leave out what cannot run, or does not fit into the target's memory.
 
@@ -151,7 +163,11 @@ def make_plan(
     source_key = checkpoint_key(checkpoint)
 
     def with_keys(recipe: Recipe) -> PlannedRecipe:
-        return _planned(recipe, source_key, checkpoint, target, calibration_digest, cells, running_memory)
+        environments = _environments(recipe, toolchains)
+        return _planned(recipe, source_key, checkpoint, target, calibration_digest, cells, running_memory, environments)
+
+    def why_not(recipe: Recipe) -> str | None:
+        return _reason(recipe, checkpoint, target, calibration_digest, toolchains)
 
     planned: list[PlannedRecipe] = []
     left_out: list[LeftOut] = []
@@ -159,7 +175,7 @@ def make_plan(
     baseline = with_keys(parse(UNCHANGED)).need.run
     _check_reference_fits(reference, baseline, target)
     for recipe in recipes:
-        reason = _reason(recipe, checkpoint, target, calibration_digest)
+        reason = why_not(recipe)
         if reason is not None:
             left_out.append(LeftOut(recipe, reason))
             continue
@@ -175,13 +191,15 @@ def make_plan(
         listed = "; ".join(f"{left.recipe.name}: {left.reason}" for left in left_out)
         hint = None
         if too_large := [left.recipe for left in left_out if left.too_large]:
-            able = [each for each in others if _reason(each, checkpoint, target, calibration_digest) is None]
+            able = [each for each in others if why_not(each) is None]
             needs = {each.name: with_keys(each).need for each in (*too_large, *able)}
             hint = what_would_fit(needs, baseline, target.memory)
         raise RequestError(f"no recipe can run here ({listed})" if listed else "there are no recipes", hint=hint)
+    environments = {name: each for one in planned for name, each in _environments(one.recipe, toolchains).items()}
     return Plan(
         checkpoint, source_key, target, tuple(planned), tuple(left_out), cells, gates, budget, evaluation,
-        calibration_digest, next(iter(reference.steps), None), reference.need.run, baseline,
+        calibration_digest, next(iter(reference.steps), None), reference.need.run, baseline, environments,
+        allow_archived,
     )  # fmt: skip
 
 
@@ -193,17 +211,23 @@ def _planned(
     calibration_digest: str | None,
     cells: Sequence[Cell],
     running_memory: RunningMemory,
+    environments: Mapping[str, Environment],
 ) -> PlannedRecipe:
     """A recipe with its keys, and with the memory that its steps and its artifact take."""
     steps: list[Step] = []
     facts, more = checkpoint, 0  # what is known of the weights after each step
     for step in recipe.passes:
-        key = step_key(steps[-1].key if steps else source_key, step, checkpoint.task, target, calibration_digest)
+        key = step_key(
+            steps[-1].key if steps else source_key, step, checkpoint.task, target, calibration_digest,
+            environments.get(step.toolchain), cells,
+        )  # fmt: skip
         steps.append(Step(step, key, recipe_text(Recipe("", recipe.passes[: len(steps) + 1])), step.memory(facts)))
         more += step.extra_memory(facts)
         facts = replace(facts, weight_bytes=step.weight_bytes(facts), dtype=step.arithmetic or facts.dtype)
     running = running_memory(recipe.produces, facts, cells) + more
-    return PlannedRecipe(recipe, tuple(steps), Need(max((step.memory for step in steps), default=0), running))
+    archived = "; ".join(filter(None, (read_toolchain(name).archived for name in environments)))
+    need = Need(max((step.memory for step in steps), default=0), running)
+    return PlannedRecipe(recipe, tuple(steps), need, archived)
 
 
 def _check_reference_fits(reference: PlannedRecipe, baseline: int, target: Target) -> None:
@@ -262,19 +286,31 @@ def checkpoint_key(checkpoint: Checkpoint) -> str:
     return _sha256({"version": KEY_VERSION, "files": dict(checkpoint.files)})
 
 
-def step_key(source_key: str, step: Pass, task: str, target: Target, calibration_digest: str | None) -> str:
+def step_key(
+    source_key: str,
+    step: Pass,
+    task: str,
+    target: Target,
+    calibration_digest: str | None,
+    environment: Environment | None = None,
+    workload: Sequence[Cell] = (),
+) -> str:
     """The lineage key of what `step` makes from the artifact `source_key`.
 
     Not in it, because it does not change the output: the host's name, memory, load and time, the cache folder, the
-    worker that runs it, and versions of distributions that the pass does not name.
+    worker that runs it, and versions of distributions that the pass does not name; but of a toolchain, all of them.
     """
+    some = {} if environment is None else {"toolchain": environment.digest}
+    if step.shaped:
+        some["workload"] = ",".join(map(str, workload))
     return _sha256(
-        {
+        some
+        | {
             "source": source_key,
             "pass": step.name,
             "version": step.version,
             "options": {option.name: getattr(step, option.name) for option in fields(step)},
-            "tools": {tool: installed_version(tool) for tool in step.tools},
+            "tools": {tool: _version(tool, environment) for tool in step.tools},
             "target": {fact: getattr(target, fact) for fact in step.target_facts},
             "task": task,
             "calibration": calibration_digest if step.calibrated else None,
@@ -282,14 +318,34 @@ def step_key(source_key: str, step: Pass, task: str, target: Target, calibration
     )
 
 
-def _reason(recipe: Recipe, checkpoint: Checkpoint, target: Target, calibration_digest: str | None) -> str | None:
+def _version(tool: str, environment: Environment | None) -> str | None:
+    return installed_version(tool) if environment is None else environment.packages.get(tool)
+
+
+def _environments(recipe: Recipe, toolchains: Toolchains | None) -> dict[str, Environment]:
+    """By name, those that the recipe needs beside this one. Raises ToolchainError for one that cannot be used."""
+    if recipe.toolchains and toolchains is None:
+        raise ToolchainError(f"toolchain {recipe.toolchains[0]} is not offered here")
+    return toolchains.find_all(recipe.toolchains) if toolchains is not None else {}
+
+
+def _reason(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    target: Target,
+    calibration_digest: str | None,
+    toolchains: Toolchains | None,
+) -> str | None:
+    if (reason := recipe.why_not(checkpoint, target)) is not None:
+        return reason
+    try:
+        environments = _environments(recipe, toolchains)
+    except ToolchainError as error:
+        return f"{error.message}; {error.hint}" if error.hint else error.message
     for step in recipe.passes:
         for tool in step.tools:
-            if installed_version(tool) is None:
+            if _version(tool, environments.get(step.toolchain)) is None:
                 return f"{step.name} needs {tool}, which is not installed: pip install {tool}"
-        reason = step.requires(checkpoint, target)
-        if reason is not None:
-            return f"{step.name}: {reason}"
         if step.calibrated and calibration_digest is None:
             return f"{step.name}: no calibration data"
     return None

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 WIDE = 180  # columns that the whole table takes
 WIDE_TITLES = ("build\ns", "load\ns", "tokens/s", "limit")
-STYLES = {Status.PASSED: "green", Status.NOT_FASTER: "yellow", Status.INCONCLUSIVE: "yellow"}
+STYLES = {
+    Status.PASSED: "green", Status.ARCHIVED: "yellow", Status.NOT_FASTER: "yellow", Status.INCONCLUSIVE: "yellow",
+}  # fmt: skip
 OUTCOMES = {
     ExitCode.NOT_BUILT: "nothing could be built: every recipe failed",
     ExitCode.NOT_ACCURATE: "nothing is accurate enough",
@@ -64,6 +66,8 @@ def print_report(console: Console, report: Report, out: Path) -> None:
                 "nothing that was built runs to its end",
                 "the reasons above; or run the same command again",
             )
+        if code is ExitCode.NOT_FASTER and any(each.status is Status.ARCHIVED for each in report.candidates):
+            outcome, help_ = "what passes is made with what is not maintained any more", "--allow-archived"
         console.print(f"\nnothing emitted (exit code {code:d}): {outcome}", style="bold red", highlight=False)
         console.print(f"what would help: {help_}", highlight=False)
         return
@@ -118,7 +122,8 @@ def _table(report: Report, *, wide: bool) -> object:
 
 
 def _rank(candidate: Candidate) -> tuple[int, float]:
-    order = (Status.PASSED, Status.INCONCLUSIVE, Status.NOT_FASTER, Status.INACCURATE, Status.BROKEN, Status.NOT_BUILT)
+    order = (Status.PASSED, Status.ARCHIVED, Status.INCONCLUSIVE, Status.NOT_FASTER, Status.INACCURATE, Status.BROKEN,
+             Status.NOT_BUILT)  # fmt: skip
     return order.index(candidate.status), -(candidate.speed.overall.low if candidate.speed else 0.0)
 
 

@@ -8,18 +8,17 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from optimize.pipeline.contract import Target
+from optimize.pipeline.contract import Target, Word
 from optimize.pipeline.versions import installed_version
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 EXPLAINED = 0.5  # share of the time that arithmetic or memory must account for, to be what limits it
 
 
-class Limit(StrEnum):
+class Limit(Word):
     """What a call's time goes into."""
 
     ARITHMETIC = "arithmetic"

@@ -82,8 +82,9 @@ class Run:
         self._stamps = self._stamp()
         self.left_out = {left.recipe.name: left.reason for left in plan.left_out}
         self._builder = Builder(
-            self.store, self.folder, plan.target, plan.checkpoint.task, self._check_checkpoint, self.progress
-        )
+            self.store, self.folder, plan.target, plan.checkpoint.task, self._check_checkpoint, self.progress,
+            plan.environments, plan.workload,
+        )  # fmt: skip
 
     def execute(self, out: Path) -> Report:
         """Do all of it, and emit the winner into `out` if there is one.
@@ -122,7 +123,8 @@ class Run:
         plan, texts = self.plan, self.texts
         return Trial(
             self.folder, self.folder, plan.checkpoint.task, plan.target.cores, plan.workload, plan.gates,
-            texts.pooling, texts.meaning, texts.labelling, plan.checkpoint.folder, self.progress.tick,
+            texts.pooling, texts.meaning, texts.labelling, plan.checkpoint.folder, plan.environments,
+            self.progress.tick,
         )  # fmt: skip
 
     @property
@@ -353,6 +355,11 @@ class Run:
         )  # fmt: skip
         if candidate.status == Status.PASSED:
             candidate.status, candidate.reason = judge_speed(candidate.speed, self.plan.gates)
+        if candidate.status == Status.PASSED and not self.plan.allow_archived:
+            (planned,) = [each for each in self.plan.recipes if each.recipe.name == candidate.name]
+            if planned.archived:
+                candidate.status = Status.ARCHIVED
+                candidate.reason = f"{planned.archived}: --allow-archived would let it be emitted"
         if candidate.status == Status.PASSED:
             with running(worker):
                 candidate.throughput = self._throughput(candidate.name, worker)
@@ -362,10 +369,10 @@ class Run:
         plan, texts = self.plan, self.texts
         return Report(
             schema_version=SCHEMA_VERSION,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             exit_code=code,
             checkpoint=source_of(plan.checkpoint),
-            host=host_of(plan.target),
+            host=host_of(plan.target, plan.environments),
             workload=plan.workload,
             gates=plan.gates,
             objective=self.objective,
@@ -422,7 +429,7 @@ def _unusable(message: str, error: Exception, hint: str) -> OptimizeError:
 
 def new_run_folder(cache: Path) -> Path:
     """A fresh folder for one run under the cache, named by time."""
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
     folder = cache / "runs" / f"{stamp}-{uuid.uuid4().hex[:6]}"
     folder.mkdir(parents=True)
     return folder

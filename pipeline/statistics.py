@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cache
 
 import numpy as np
+
+from optimize.pipeline.contract import Word
 
 CONFIDENCE = 0.99
 LARGEST_LOG = 700.0  # whose exponential is still a float
@@ -29,7 +30,7 @@ class Interval:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-class Difference(StrEnum):
+class Difference(Word):
     """What an interval of a ratio says."""
 
     FASTER = "faster"

@@ -46,8 +46,11 @@ class Damage:
 
 def sha256_of(path: Path) -> str:
     """Hex digest of one file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
 
 
 def digest_files(folder: Path) -> dict[str, str]:

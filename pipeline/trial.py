@@ -19,6 +19,7 @@ from optimize.pipeline.manifest import Report
 from optimize.pipeline.metrics import task_metrics
 from optimize.pipeline.questions import question_metrics
 from optimize.pipeline.tokens import TokenAccuracy, compare_tokens, why_tokens_rejected
+from optimize.pipeline.toolchains import Environment
 from optimize.pipeline.workers import WorkerProcess
 
 STEP_LIMIT = float(os.environ.get("OPTIMIZE_STEP_LIMIT", "1800"))  # seconds for one pass or one request
@@ -50,20 +51,29 @@ class Trial:
     meaning: Meaning
     labelling: Labelling | None
     tokenizer: Path  # the folder of the checkpoint, or of what carries its files along
+    environments: Mapping[str, Environment]  # by toolchain
     tick: Callable[[], None] = lambda: None
 
     @classmethod
-    def of_report(cls, report: Report, inputs: Path, scratch: Path, cores: int, tokenizer: Path) -> Trial:
+    def of_report(
+        cls,
+        report: Report,
+        inputs: Path,
+        scratch: Path,
+        cores: int,
+        tokenizer: Path,
+        environments: Mapping[str, Environment],
+    ) -> Trial:
         """The trial of a run that is over, on the inputs that it left."""
         evaluation = report.evaluation
         return cls(
             inputs, scratch, report.checkpoint.task, cores, report.workload, report.gates,
-            evaluation.pooling, evaluation.meaning, evaluation.labelling, tokenizer,
+            evaluation.pooling, evaluation.meaning, evaluation.labelling, tokenizer, environments,
         )  # fmt: skip
 
     def open(self, name: str, kind: Kind, path: Path) -> Opened:
         """Open an artifact in a new worker. Raises WorkerError, and leaves no process behind then."""
-        worker = WorkerProcess(self.scratch / "logs" / f"{name}.log")
+        worker = WorkerProcess(self.scratch / "logs" / f"{name}.log", self.environments.get(kind.toolchain))
         try:
             took = worker.ask(
                 "open", limit=STEP_LIMIT, progress=self.tick, kind=kind, path=str(path), task=self.task,

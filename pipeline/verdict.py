@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from optimize.pipeline.accuracy import Accuracy
-from optimize.pipeline.contract import Gates, Kind, Objective
+from optimize.pipeline.contract import Gates, Kind, Objective, Word
 from optimize.pipeline.errors import ExitCode
 from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.measure import Speed
@@ -21,7 +20,7 @@ HOPELESS = 10  # times the gate: so large a drop does not come from a few layers
 MOST_TIMES = 50  # the budget: nobody waits longer
 
 
-class Status(StrEnum):
+class Status(Word):
     """What became of a candidate. The first three never reach the speed gate."""
 
     NOT_BUILT = "not built"
@@ -29,6 +28,7 @@ class Status(StrEnum):
     INACCURATE = "inaccurate"
     NOT_FASTER = "not faster"
     INCONCLUSIVE = "inconclusive"
+    ARCHIVED = "archived"  # it passes, but what it is made with is not maintained, and that was not allowed
     PASSED = "passed"
 
 
@@ -137,6 +137,7 @@ def choose(
     reached = {each.status for each in candidates}
     for status, code in (
         (Status.INCONCLUSIVE, ExitCode.INCONCLUSIVE),
+        (Status.ARCHIVED, ExitCode.NOT_FASTER),
         (Status.NOT_FASTER, ExitCode.NOT_FASTER),
         (Status.INACCURATE, ExitCode.NOT_ACCURATE),
         (Status.BROKEN, ExitCode.NOT_ACCURATE),

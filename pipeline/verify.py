@@ -10,7 +10,7 @@ from pathlib import Path
 from optimize.pipeline.accuracy import Accuracy
 from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Kind, Target
-from optimize.pipeline.driver import find_target
+from optimize.pipeline.driver import cache_folder, find_target
 from optimize.pipeline.emit import EVIDENCE, EVIDENCE_FILES
 from optimize.pipeline.errors import ArtifactError, ExitCode, OptimizeError, OutputError, WorkerError
 from optimize.pipeline.language import LanguageAccuracy
@@ -19,6 +19,7 @@ from optimize.pipeline.measure import Speed, compare
 from optimize.pipeline.statistics import Interval
 from optimize.pipeline.store import compare_digests, digest_files, sha256_of
 from optimize.pipeline.tokens import TokenAccuracy
+from optimize.pipeline.toolchains import Toolchains
 from optimize.pipeline.trial import CELLS, TEXT, Trial, problem_text
 from optimize.pipeline.verdict import Status, judge_speed
 
@@ -85,9 +86,10 @@ def verify_folder(folder: Path, budget: float, max_load: float | None = None) ->
     same_host = (host.device, host.features, host.cores) == (
         report.host.target.device, report.host.target.features, report.host.target.cores,
     )  # fmt: skip
+    environments = Toolchains(cache_folder(None)).find_all([manifest.kind.toolchain])
     with tempfile.TemporaryDirectory(prefix="optimize-verify-") as scratch:
         evidence = folder / EVIDENCE
-        trial = Trial.of_report(report, evidence, Path(scratch), host.cores, folder)
+        trial = Trial.of_report(report, evidence, Path(scratch), host.cores, folder, environments)
         try:
             reference = {name: load_batches(evidence / f"reference.{name}.npz") for name in (TEXT, CELLS)}
             with trial.open("artifact", manifest.kind, folder).worker as worker:

@@ -2,6 +2,9 @@
 
 Requests are JSON lines on standard input, answers JSON lines on file descriptor `OPTIMIZE_ANSWERS`; standard output
 and error are the log. Whatever crashes, hangs or is killed here costs the caller one step.
+
+It also runs in a toolchain's Python, from 3.10 on, which has no more of what we need than the standard library, numpy
+and what the toolchain is for: so nothing that is imported here, or by a pass of a toolchain, may need more.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from optimize.pipeline.contract import Artifact, Cell, Context, Kind, Target
 from optimize.pipeline.errors import OptimizeError
 from optimize.pipeline.resident import let_go, peak_memory, reset_peak_memory
 
+PROTOCOL = 1  # of requests and answers; the parent names the one that it speaks
 PR_SET_PDEATHSIG = 1
 MAX_BATCH, MAX_CALL = 256, 1.0  # of a sweep: rows, seconds
 MAX_GENERATION = 8.0  # seconds of a generation in a sweep
@@ -85,13 +89,15 @@ class Worker:
         target: Mapping[str, Any],
         calibration: str | None,
         out: str,
+        workload: Sequence[Mapping[str, int]] = (),
     ) -> dict[str, Any]:
         """Run one pass, given as text, on `source` (an Artifact's fields) and check what it promised."""
         from optimize.pipeline.recipe import parse_pass
 
         instance = parse_pass(step)
         artifact = Artifact(Kind(source["kind"]), Path(source["path"]), source["key"], source["digest"])
-        context = Context(task, Target(**target), Path(calibration) if calibration else None)
+        cells = tuple(Cell(**cell) for cell in workload)
+        context = Context(task, Target(**target), Path(calibration) if calibration else None, cells)
         let_go()
         reset_peak_memory()
         start = time.perf_counter()
@@ -284,6 +290,11 @@ def serve(requests: Any, answers: Any, operations: Worker) -> None:
     for line in requests:
         request = json.loads(line)
         try:
+            if request.get("protocol") != PROTOCOL:
+                raise OptimizeError(
+                    f"the worker speaks protocol {PROTOCOL}, and was asked in {request.get('protocol')}",
+                    hint="optimize was changed while it ran: run the same command again",
+                )
             operation: Callable[..., Any] = getattr(operations, request["operation"])
             answer = json.dumps({"result": operation(**request["arguments"])})
         except OptimizeError as error:

@@ -21,7 +21,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from optimize.pipeline.errors import OptimizeError, WorkerError
+from optimize.pipeline.errors import WorkerError
+from optimize.pipeline.toolchains import Environment, worker_environment
+from optimize.pipeline.worker import PROTOCOL
 
 LOG_TAIL = 12  # lines shown of a failed worker's log
 POLL_SECONDS = 0.2
@@ -30,13 +32,15 @@ POLL_SECONDS = 0.2
 class WorkerProcess:
     """One child process with its log. Use as a context manager: leaving it ends the process."""
 
-    def __init__(self, log: Path, *, toolchain: str = "default") -> None:
+    def __init__(self, log: Path, environment: Environment | None = None) -> None:
+        """Start it: in a toolchain's environment, or with this interpreter."""
         self.log = log
         self._scratch = log.with_suffix(".tmp")  # compilers and loaders leave files behind when they are killed
         self._scratch.mkdir(parents=True, exist_ok=True)
-        command = [python_of(toolchain), "-m", "optimize.pipeline.worker"]
+        python = environment.python if environment is not None else sys.executable
+        own = worker_environment(environment, self._scratch) if environment is not None else os.environ
         read_end, write_end = os.pipe()
-        environment = os.environ | {
+        variables = own | {
             "OPTIMIZE_ANSWERS": str(write_end),
             "OPTIMIZE_PARENT": str(os.getpid()),
             "HF_HUB_OFFLINE": "1",  # what a worker needs was fetched before
@@ -46,12 +50,12 @@ class WorkerProcess:
             "TMPDIR": str(self._scratch.absolute()),
         }
         # compiled headers and kernels, which torch would keep in the temporary folder, serve every later build
-        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
+        variables.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
         try:
             with log.open("ab") as output:
                 self._process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, pass_fds=(write_end,),
-                    env=environment, start_new_session=True,
+                    [python, "-m", "optimize.pipeline.worker"], stdin=subprocess.PIPE, stdout=output,
+                    stderr=subprocess.STDOUT, pass_fds=(write_end,), env=variables, start_new_session=True,
                 )  # fmt: skip
         except OSError:
             os.close(read_end)
@@ -79,7 +83,7 @@ class WorkerProcess:
         the latter two it is gone.
         """
         assert self._process.stdin is not None
-        request = json.dumps({"operation": operation, "arguments": arguments})
+        request = json.dumps({"protocol": PROTOCOL, "operation": operation, "arguments": arguments})
         try:
             self._process.stdin.write(request.encode() + b"\n")
             self._process.stdin.flush()
@@ -159,13 +163,6 @@ class WorkerProcess:
         else:
             reason = f"ended with exit code {code}"
         return WorkerError(f"the worker {reason} during {operation}", kind="died", log_tail=self.log_tail())
-
-
-def python_of(toolchain: str) -> str:
-    """The interpreter of a toolchain. Only the default one, this interpreter, exists so far."""
-    if toolchain != "default":
-        raise OptimizeError(f"toolchain {toolchain!r} is not known")
-    return sys.executable
 
 
 @contextmanager

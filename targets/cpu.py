@@ -36,6 +36,15 @@ RECIPES = {
     "openvino-bf16": "convert-openvino,hint-openvino",
     "openvino-int8-weights": "convert-openvino,quantize-openvino{mode=weights}",
     "openvino-int8": "convert-openvino,quantize-openvino",
+    "torchscript": "torchscript",
+    "ipex-bf16": "optimize-ipex",
+    "ipex-int8-weights": "optimize-ipex{mode=int8}",
+    "optimum-onnx": "export-optimum",
+    "optimum-onnx-O3": "export-optimum{level=O3}",
+    "optimum-onnx-int8": "export-optimum,quantize-onnx",
+    "optimum-intel": "export-optimum-intel",
+    "optimum-intel-bf16": "export-optimum-intel,hint-openvino",
+    "optimum-intel-int8": "export-optimum-intel{weights=int8}",
     "openvino-int8-keep1": "convert-openvino,quantize-openvino{keep=1}",
     "openvino-int8-keep4": "convert-openvino,quantize-openvino{keep=4}",
     "onnx-int8-dynamic-keep2": "export-onnx,quantize-onnx{keep=2}",
@@ -67,11 +76,15 @@ GENERATING = {  # for language models
     "torchao-int8-compiled": "quantize-torchao,compile-generate{freeze=true}",
     "torchao-int8-weights-compiled": "cast-dtype,quantize-torchao{mode=weights},compile-generate",
     "torchao-int4-compiled": "cast-dtype,quantize-torchao{mode=int4},compile-generate",
+    "optimum-intel-int8": "export-optimum-intel{weights=int8}",
+    "optimum-intel-int8-bf16": "export-optimum-intel{weights=int8},hint-openvino",
 }
-# tried only by name: benchmarks/README.md shows what beats each of them everywhere, or that it is too inaccurate
+# tried only by name: benchmarks/README.md shows what beats each of them everywhere, or that it is too inaccurate; of
+# each toolchain one recipe is tried wherever that is installed
 BY_NAME = frozenset({
     "eager-bf16", "openvino", "openvino-bf16", "openvino-int4-bf16", "gguf-bf16", "gguf-q4_0", "genai", "compiled",
     "torchao-int8", "torchao-int4", "torchao-int8-compiled", "torchao-int8-weights-compiled", "torchao-int4-compiled",
+    "torchscript", "ipex-int8-weights", "optimum-onnx", "optimum-onnx-int8", "optimum-intel", "optimum-intel-int8",
 })  # fmt: skip
 # recipe -> the one that must have proved inaccurate before this one, which keeps more in floating point, is built
 RECOVERIES = {
@@ -108,7 +121,8 @@ def recipes(checkpoint: Checkpoint, target: Target) -> tuple[Recipe, ...]:
     """The candidates, cheapest first. A pass that cannot run here says so in the plan."""
     if TASKS[checkpoint.task].generates:
         return tuple(replace(parse(text, name), default=name not in BY_NAME) for name, text in GENERATING.items())
-    return tuple(replace(parse(text, name), after=RECOVERIES.get(name, "")) for name, text in RECIPES.items())
+    found = (replace(parse(text, name), default=name not in BY_NAME) for name, text in RECIPES.items())
+    return tuple(replace(each, after=RECOVERIES.get(each.name, "")) for each in found)
 
 
 def peaks(target: Target) -> dict[str, Any]:

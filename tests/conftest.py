@@ -29,6 +29,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 # options for tests of everything but speed: tests run side by side, and take each other for foreign load
 QUICK = ("--workload", "1x8,2x16", "--budget", "1s", "--min-speedup", "0.0001", "--max-load", "1")
+WITHOUT_JSON = ("cache", "passes", "targets", "run", "serve", "toolchain", "repeat")
 CHAT = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -87,7 +88,7 @@ def run_optimize(
     report = folder / "report.json"
     report.unlink(missing_ok=True)
     environment = os.environ | {"OPTIMIZE_CACHE": str(cache or shared_cache)} | (env or {})
-    json_option = [] if arguments[0] in ("cache", "passes", "targets", "run", "serve") else ["--json", str(report)]
+    json_option = [] if arguments[0] in WITHOUT_JSON else ["--json", str(report)]
     process = subprocess.run(
         [sys.executable, "-m", "optimize.pipeline.cli", *map(str, arguments), *json_option],
         capture_output=True, text=True, env=environment, cwd=folder, timeout=600, check=False,

@@ -15,6 +15,7 @@ from optimize.pipeline.errors import RequestError
 from optimize.pipeline.plan import checkpoint_key, make_plan, parse_workload, shortened, step_key
 from optimize.pipeline.recipe import parse
 from optimize.pipeline.store import Store
+from optimize.pipeline.toolchains import Toolchains
 from optimize.targets.cpu import recipes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "minilm-cpu.plan"
@@ -330,6 +331,7 @@ def test_golden_plan(target: Target, versions: dict[str, str], monkeypatch: pyte
     plan = make_plan(
         checkpoint, target, (*recipes(checkpoint, target), parse("cast-dtype{dtype=float16}", "eager-f16")),
         evaluation="210 examples of shipped text, 105 others to calibrate", calibration_digest="04" * 32,
+        toolchains=Toolchains(Path("/no/cache")),
     )  # fmt: skip
     found = f"{REGENERATE}\n{plan.describe()}\n"
     if os.environ.get("UPDATE_GOLDEN"):

@@ -1,0 +1,210 @@
+"""Making a toolchain's environment: by venv and pip, from exact versions with hashes.
+
+    CACHE/toolchains/NAME-LOCK.json     names the folder of the whole environment; written last, in one piece
+    CACHE/toolchains/NAME-LOCK-XXXX/    one try at making it: a virtual environment cannot be renamed
+    CACHE/toolchains/NAME-LOCK.lock     held by the process that makes or removes it
+    CACHE/toolchains/NAME-LOCK.log      what pip said
+
+A kill at any moment leaves no environment or a whole one; the next try removes what it left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from optimize.pipeline.errors import ToolchainError
+from optimize.pipeline.toolchains import (
+    CPU,
+    Environment,
+    Toolchain,
+    Toolchains,
+    plain_environment,
+    probe,
+    python_in,
+    read_toolchain,
+    what_it_said,
+)  # fmt: skip
+
+PYTHONS = ("python3", "python3.14", "python3.13", "python3.12", "python3.11", "python3.10")
+LOG_TAIL = 8  # lines
+Note = Callable[[str], None]
+
+
+def install(toolchains: Toolchains, name: str, note: Note = lambda _: None) -> Environment:
+    """Make the environment, unless it is there and whole. Raises ToolchainError with the log's tail."""
+    toolchain = read_toolchain(name)
+    if os.environ.get(toolchain.variable):
+        return toolchains.find(name)
+    if not toolchain.lock:
+        raise ToolchainError(f"toolchain {name} cannot be installed: {toolchain.elsewhere}", hint=toolchain.otherwise)
+    with _held(toolchains, toolchain, lambda: note(f"toolchain {name}: another process is making it")):
+        toolchains.forget(name)
+        try:
+            return toolchains.find(name)
+        except ToolchainError:
+            toolchains.forget(name)
+        _make(toolchains, toolchain, note)
+    return toolchains.find(name)
+
+
+def install_missing(
+    toolchains: Toolchains, names: Iterable[str], consent: Callable[[Toolchain], bool], note: Note
+) -> None:
+    """Install those that can be, are not there or broken, and that `consent` says yes to. Raises ToolchainError."""
+    for toolchain in map(read_toolchain, names):
+        try:
+            toolchains.find(toolchain.name)
+        except ToolchainError:
+            if toolchain.lock and not os.environ.get(toolchain.variable) and consent(toolchain):
+                install(toolchains, toolchain.name, note)
+
+
+def remove(toolchains: Toolchains, name: str) -> int:
+    """Remove the environment, and what killed tries left. Returns how many bytes that freed."""
+    toolchain = read_toolchain(name)
+    with _held(toolchains, toolchain):
+        toolchains.forget(name)
+        _pointer(toolchains, toolchain).unlink(missing_ok=True)
+        return sum(_sweep(folder) for folder in _tries(toolchains, toolchain))
+
+
+def size_of(toolchains: Toolchains, name: str) -> int:
+    """Bytes on disk of the environment that was made; 0 where there is none."""
+    folder = toolchains.made(read_toolchain(name))
+    return 0 if folder is None else _bytes(folder)
+
+
+def _make(toolchains: Toolchains, toolchain: Toolchain, note: Note) -> None:
+    name, root, stem = toolchain.name, toolchains.root, toolchains.stem(toolchain)
+    base = _base_python(toolchain)
+    for leftover in _tries(toolchains, toolchain):
+        _sweep(leftover)
+    free = shutil.disk_usage(root).free
+    if free < toolchain.disk:
+        raise ToolchainError(
+            f"toolchain {name} takes {toolchain.disk / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} free",
+            hint="make room, or name another folder with --cache",
+        )
+    began, log = time.monotonic(), stem.with_suffix(".log")
+    folder = Path(tempfile.mkdtemp(prefix=f"{stem.name}-", dir=root))
+    note(f"toolchain {name}: installing what it needs, which can take minutes; log: {log}")
+    try:
+        with log.open("wb") as output:
+            _run([base, "-m", "venv", folder], output)
+            _fill(toolchain, folder, output)
+    except BaseException as error:
+        _sweep(folder)
+        if isinstance(error, OSError | subprocess.SubprocessError):
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+            raise ToolchainError(
+                f"toolchain {name} could not be installed: {what_it_said(error)}\n{tail}",
+                hint=f"the whole log is {log}; the same command tries again, or {toolchain.otherwise}",
+            ) from error
+        raise
+    facts = {"folder": folder.name, "seconds": round(time.monotonic() - began, 1), "bytes": _bytes(folder)}
+    written = folder / "toolchain.json"
+    written.write_text(json.dumps(facts))
+    written.replace(_pointer(toolchains, toolchain))
+    note(f"toolchain {name}: {_bytes(folder) / 1e9:.2f} GB in {facts['seconds']:.0f} s")
+
+
+def _fill(toolchain: Toolchain, folder: Path, output: Any) -> None:
+    """First torch, if it is wanted: a CPU build where pip finds one, and then without CUDA's libraries."""
+    python = python_in(folder)
+    version, _ = probe(python)
+    wanted = toolchain.wanted(version, "")
+    torch = sorted((text for each, text in wanted if each.name == "torch"), key=lambda text: CPU not in text)
+    for build in torch:
+        try:
+            _pip(python, [build], output)
+        except subprocess.CalledProcessError:
+            if build == torch[-1]:
+                raise
+            continue
+        wanted = toolchain.wanted(version, probe(python)[1]["torch"])
+        break
+    _pip(python, [text for _, text in wanted if text not in torch], output)
+
+
+def _pip(python: Path, requirements: Sequence[str], output: Any) -> None:
+    if not requirements:
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("\n".join(requirements) + "\n")
+        file.flush()
+        words = ["--require-hashes", "--no-deps", "--no-input", "--disable-pip-version-check"]
+        _run([python, "-m", "pip", "install", *words, "-r", file.name], output)
+
+
+def _base_python(toolchain: Toolchain) -> Path:
+    """An interpreter that the toolchain's wheels are for: this one, or one on PATH."""
+    asked = SpecifierSet(toolchain.python)
+    seen = {}
+    for found in (sys.executable, *filter(None, map(shutil.which, PYTHONS))):
+        try:
+            seen[found], _ = probe(Path(found))
+        except (OSError, subprocess.SubprocessError, ValueError):
+            continue
+        if asked.contains(seen[found]):
+            return Path(found)
+    listed = ", ".join(f"{path} ({version})" for path, version in seen.items())
+    raise ToolchainError(
+        f"toolchain {toolchain.name} needs Python {toolchain.python}, and here is only {listed}",
+        hint=f"put one on PATH, or {toolchain.otherwise}",
+    )
+
+
+@contextmanager
+def _held(toolchains: Toolchains, toolchain: Toolchain, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    try:
+        toolchains.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(toolchains.stem(toolchain).with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            lock.acquire()
+    except OSError as error:
+        raise ToolchainError(
+            f"{toolchains.root} cannot be written: {error.strerror}", hint="name another folder with --cache"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _pointer(toolchains: Toolchains, toolchain: Toolchain) -> Path:
+    return toolchains.stem(toolchain).with_suffix(".json")
+
+
+def _tries(toolchains: Toolchains, toolchain: Toolchain) -> list[Path]:
+    return [each for each in toolchains.root.glob(f"{toolchains.stem(toolchain).name}-*") if each.is_dir()]
+
+
+def _sweep(folder: Path) -> int:
+    size = _bytes(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return size
+
+
+def _run(words: Sequence[str | Path], output: Any) -> None:
+    subprocess.run(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=plain_environment(), check=True)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
