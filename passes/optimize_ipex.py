@@ -54,7 +54,8 @@ class OptimizeIpex(Pass):
         model = load_model(source.path, context.task, "float32")
         inputs = sample_inputs(source.path)
         dtype = torch.float32 if self.mode == "fp32" else torch.bfloat16
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.mode != "fp32"):
+        # not where weights are int8: traced under autocast, its second call gave NaN (release 2.8)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.mode == "bf16"):
             fit = _weights_in_int8(model, inputs) if self.mode == "int8" else ipex.optimize(model, dtype=dtype)
             return {"operations": trace(fit, inputs, out)}
 

@@ -8,10 +8,12 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from optimize.pipeline.contract import DEFAULT
 from optimize.pipeline.driver import find_target
-from optimize.pipeline.errors import WorkerError
+from optimize.pipeline.errors import ToolchainError, WorkerError
 from optimize.pipeline.recipe import pass_class, pass_names
 from optimize.pipeline.roofline import measure_peaks
+from optimize.pipeline.toolchains import Toolchains
 from optimize.pipeline.versions import installed_version, ollama_version
 from optimize.pipeline.workers import WorkerProcess
 
@@ -58,11 +60,27 @@ def findings(cache: Path) -> list[Finding]:
         Finding("cache", f"{free / 2**30:.0f} GiB free", str(cache), good=free > 2 << 30),
     ]
     needs: dict[str, list[str]] = {}
+    apart: dict[str, list[str]] = {}
     for name in pass_names():
-        for tool in pass_class(name).tools:
+        found = pass_class(name)
+        if found.toolchain != DEFAULT:
+            apart.setdefault(found.toolchain, []).append(name)
+            continue
+        for tool in found.tools:
             needs.setdefault(tool, []).append(name)
     for tool, passes in sorted(needs.items()):
         version = installed_version(tool)
         meaning = f"for {', '.join(passes)}" + ("" if version else f": pip install {tool}")
         rows.append(Finding(tool, version or "not installed", meaning, good=version is not None))
-    return rows
+    return rows + [_toolchain(Toolchains(cache), name, passes) for name, passes in sorted(apart.items())]
+
+
+def _toolchain(toolchains: Toolchains, name: str, passes: list[str]) -> Finding:
+    """A toolchain that nobody installed is no fault; one that is broken is."""
+    meaning = f"for {', '.join(passes)}"
+    try:
+        found = toolchains.find(name)
+    except ToolchainError as error:
+        state = "not there" if error.absent else "unusable"
+        return Finding(f"toolchain {name}", state, f"{meaning}: {error.hint}", good=error.absent)
+    return Finding(f"toolchain {name}", f"Python {found.version}", f"{meaning}: {found.python}")
