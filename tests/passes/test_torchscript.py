@@ -16,8 +16,6 @@ from optimize.targets.runtimes import open_session
 TASK = "feature-extraction"
 TEXTS = ("Yes.", "A text of some more words than that.", "One, two, three, four, five, six.")
 ROWS = [{"text": text} for text in TEXTS]
-    {"text": text} for text in ("Yes.", "A text of some more words than that.", "One, two, three, four, five, six.")
-]
 
 
 def test_a_trace_answers_as_eager_does(tiny: Path, tmp_path: Path) -> None:
