@@ -22,6 +22,7 @@ LAYERS = {"full_attention": ("rope_theta", "rope_scaling"), "sliding_attention":
 def readable_checkpoint(folder: Path) -> Iterator[Path]:
     """The checkpoint for the transformers that is installed here: itself, or a translation that lives that long.
 
+    In a translation, weights are links, which our own loader refuses: it is for tools that load by themselves.
     Raises ValueError for a setting that transformers 4 has no word for.
     """
     import transformers

@@ -16,9 +16,8 @@ READ = """
 import sys
 from pathlib import Path
 import numpy, torch, transformers
-from optimize.models.loading import load_model
 from optimize.models.translating import readable_checkpoint
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 source, out = map(Path, sys.argv[1:])
 translate = transformers.__version__.startswith("4.")
@@ -26,7 +25,7 @@ with readable_checkpoint(source) as folder:
     assert (folder != source) == translate
     ids = AutoTokenizer.from_pretrained(folder)("The harbour was quiet; 42 boats.", return_tensors="pt").input_ids
     with torch.inference_mode():
-        logits = load_model(folder, "text-generation")(ids).logits
+        logits = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
 numpy.savez(out, ids=ids.numpy(), logits=logits.numpy())
 """
 SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
