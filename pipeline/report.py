@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimize.pipeline.contract import Cell, Kind, Meaning
+from optimize.pipeline.contract import DEFAULT, Cell, Kind, Meaning
 from optimize.pipeline.errors import ExitCode
 from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.manifest import Baseline, Report
@@ -73,9 +73,12 @@ def print_report(console: Console, report: Report, out: Path) -> None:
         return
     console.print(f"\nemitted [bold green]{report.emitted}[/] to {out}", highlight=False, soft_wrap=True)
     kind = next(each.kind for each in report.candidates if each.name == report.emitted)
-    serve = f"optimize serve {shlex.quote(str(out))}"
-    load = f"import optimize; model = optimize.load({str(out)!r})"
-    console.print(f"  use it:     {serve if kind is Kind.OLLAMA else load}", markup=False, soft_wrap=True)
+    use = f"import optimize; model = optimize.load({str(out)!r})"
+    if kind is Kind.OLLAMA:
+        use = f"optimize serve {shlex.quote(str(out))}"
+    elif kind.toolchain != DEFAULT:
+        use = f"in its own environment, toolchain {kind.toolchain}: see {out}/README.md"
+    console.print(f"  use it:     {use}", markup=False, soft_wrap=True)
     console.print(f"  without us: see {out}/README.md", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"  check it:   optimize verify {shlex.quote(str(out))}", markup=False, highlight=False, soft_wrap=True
