@@ -24,9 +24,10 @@ from optimize.pipeline.installing import install_missing
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.memory import GIB, parse_memory
 from optimize.pipeline.plan import Plan, make_plan, shortened
+from optimize.pipeline.prepare import Texts
 from optimize.pipeline.progress import Progress
 from optimize.pipeline.recipe import parse
-from optimize.pipeline.run import Run, Texts, new_run_folder
+from optimize.pipeline.run import Run, new_run_folder
 from optimize.pipeline.store import Store
 from optimize.pipeline.toolchains import Toolchain, Toolchains
 

@@ -10,14 +10,14 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from optimize.pipeline.build import Builder
-from optimize.pipeline.contract import Artifact, Kind, Labelling, Meaning, Objective
+from optimize.pipeline.contract import Artifact, Kind, Objective
 from optimize.pipeline.emit import emit
-from optimize.pipeline.errors import CheckpointError, OptimizeError, PassError, RequestError, WorkerError
+from optimize.pipeline.errors import OptimizeError, PassError, WorkerError
 from optimize.pipeline.manifest import (
     REPORT,
     SCHEMA_VERSION,
@@ -32,28 +32,15 @@ from optimize.pipeline.manifest import (
 from optimize.pipeline.measure import compare
 from optimize.pipeline.memory import DRIVER, FRAMEWORKS
 from optimize.pipeline.plan import Plan, PlannedRecipe
+from optimize.pipeline.prepare import Texts, Unchanged, encode_text, find_peaks, unusable
 from optimize.pipeline.progress import Progress
-from optimize.pipeline.roofline import Peaks, Roof, Work, known_peaks, measure_peaks, roofs
+from optimize.pipeline.roofline import Peaks, Roof, Work, roofs
 from optimize.pipeline.store import Entry, Store
 from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Opened, Trial, problem_text
 from optimize.pipeline.verdict import Candidate, Status, StepReport, Throughput, choose, judge_speed, why_not_recover
 from optimize.pipeline.workers import WorkerProcess, running
 
 SWEEP = 0.25  # of a candidate's share of the budget: how long looking for its highest throughput may go on
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What models/ read for this run, as plain data: the machine knows no tokenizer and no task."""
-
-    source: str
-    evaluation: Sequence[Mapping[str, Any]]
-    calibration: Sequence[Mapping[str, Any]]
-    labelling: Labelling | None
-    pooling: str | None
-    meaning: Meaning  # of the judged outputs
-    questions: Sequence[Mapping[str, Any]] = ()  # that labels are of, where a language model answers them
-    asked: str | None = None  # where the questions came from
 
 
 @dataclass
@@ -75,14 +62,13 @@ class Run:
     samples: dict[str, Any] = field(default_factory=dict)  # raw seconds by candidate: see measure.Samples
     peaks: Peaks | None = None
     work: tuple[Work, ...] = ()  # of the cells
-    _stamps: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # of the checkpoint's files, as planned
 
     def __post_init__(self) -> None:
         plan = self.plan
-        self._stamps = self._stamp()
+        self._unchanged = Unchanged(plan.checkpoint)
         self.left_out = {left.recipe.name: left.reason for left in plan.left_out}
         self._builder = Builder(
-            self.store, self.folder, plan.target, plan.checkpoint.task, self._check_checkpoint, self.progress,
+            self.store, self.folder, plan.target, plan.checkpoint.task, self._unchanged.check, self.progress,
             plan.environments, plan.workload,
         )  # fmt: skip
 
@@ -96,8 +82,8 @@ class Run:
         with ExitStack() as workers:
             workers.callback(self._builder.end)
             with self._phase("prepare"):
-                self._prepare()
-                self._find_peaks()
+                encode_text(self._builder, plan=self.plan, texts=self.texts, unchanged=self._unchanged)
+                self.peaks = find_peaks(self._builder)
                 reference, baseline = self._reference(workers)
             with self._phase("build"):
                 self._build_all()
@@ -106,7 +92,7 @@ class Run:
         (self.folder / "samples.json").write_text(json.dumps(self.samples))
         winner, code = choose(self.candidates, self.objective)
         if winner is not None:
-            self._check_checkpoint()
+            self._unchanged.check()
             with self._phase("emit"):
                 emit(self._report(winner, code), winner, self.artifacts[winner.name], self.folder, self.trial, out)
         report = self._report(winner, code)
@@ -132,41 +118,6 @@ class Run:
         """The checkpoint as the artifact that every recipe starts from."""
         key = self.plan.checkpoint_key
         return Artifact(Kind.CHECKPOINT, self.plan.checkpoint.folder, key, key)
-
-    def _prepare(self) -> None:
-        """Encode all text. A checkpoint whose tokenizer does not load is refused here, before anything is built."""
-        checkpoint, texts = self.plan.checkpoint, self.texts
-        self.progress.doing("prepare", "encoding text")
-        try:
-            self._builder.worker().ask(
-                "prepare", limit=STEP_LIMIT, progress=self.progress.tick, folder=str(checkpoint.folder),
-                evaluation=list(texts.evaluation), calibration=list(texts.calibration),
-                cells=[(cell.batch, cell.sequence, cell.new) for cell in self.plan.workload],
-                task=checkpoint.task,
-                max_length=checkpoint.max_length, out=str(self.folder), labelled=texts.labelling is not None,
-                questions=list(texts.questions),
-            )  # fmt: skip
-        except WorkerError as error:
-            self._check_checkpoint()
-            hint = error.hint or f"see {self.folder / 'logs' / 'build.log'}"
-            raise _unusable(f"{checkpoint.model_id}: its tokenizer cannot be used", error, hint) from error
-
-    def _find_peaks(self) -> None:
-        """The host's peaks, once for each host. A run goes on without them."""
-        cache, target = self.folder.parents[1], self.plan.target
-        self.peaks = known_peaks(cache, target)
-        if self.peaks is not None:
-            return
-        self.progress.doing("prepare", "measuring what this host reaches at most")
-        worker = self._builder.worker()
-        try:
-            self.peaks = measure_peaks(
-                cache, target, lambda: worker.ask("peaks", limit=STEP_LIMIT, progress=self.progress.tick,
-                                                  target=asdict(target)),
-            )  # fmt: skip
-        except WorkerError as error:
-            self._builder.end()
-            self.progress.note(f"no roofline: what this host reaches at most could not be measured: {error.message}")
 
     def _reference(self, workers: ExitStack) -> tuple[dict[str, list[Any]], Opened | None]:
         """Outputs of the float32 eager model on all text and all cells; kept as reference.*.npz.
@@ -198,9 +149,9 @@ class Run:
                 workers.push(stack.pop_all())
                 return outputs, opened
         except (WorkerError, PassError, ValueError) as error:
-            self._check_checkpoint()
+            self._unchanged.check()
             message = f"{checkpoint.model_id}: its float32 reference does not run, so nothing can be judged"
-            raise _unusable(message, error, f"see the logs in {self.folder / 'logs'}") from error
+            raise unusable(message, error, f"see the logs in {self.folder / 'logs'}") from error
 
     def _build_all(self) -> None:
         for planned in self.plan.recipes:
@@ -240,7 +191,7 @@ class Run:
         built = [candidate for candidate in self.candidates if candidate.name in self.artifacts]
         if not built:
             return
-        self._check_checkpoint()
+        self._unchanged.check()
         if opened is None or not opened.worker.alive:  # nothing has been timed against it yet
             opened = self._open_baseline(workers)
         for candidate in built:
@@ -389,23 +340,6 @@ class Run:
             reference=self.reference,
         )
 
-    def _stamp(self) -> dict[str, tuple[int, int, int]]:
-        checkpoint = self.plan.checkpoint
-        found = {name: (checkpoint.folder / name).stat() for name in checkpoint.files}
-        return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in found.items()}
-
-    def _check_checkpoint(self) -> None:
-        """Nothing may be built, timed or emitted from other bytes than were planned with. Raises CheckpointError."""
-        try:
-            changed = [name for name, stamp in self._stamp().items() if stamp != self._stamps[name]]
-        except OSError as error:
-            changed = [f"{error.filename} ({error.strerror})"]
-        if changed:
-            raise CheckpointError(
-                f"{self.plan.checkpoint.folder} was changed while the run was going on: {changed[0]}",
-                hint="run the same command again, and leave the folder alone meanwhile",
-            )
-
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         start = time.monotonic()
@@ -413,18 +347,6 @@ class Run:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
-
-
-def _unusable(message: str, error: Exception, hint: str) -> OptimizeError:
-    """A refusal of the checkpoint; but where a process was killed or hung, the checkpoint is not to blame, and what
-    was refused in words has them already.
-    """
-    cause = error if isinstance(error, WorkerError) else error.__cause__
-    if isinstance(cause, WorkerError) and cause.kind == "refused":
-        return RequestError(cause.message, hint=cause.hint)
-    if isinstance(cause, WorkerError) and cause.kind != "error":
-        return OptimizeError(cause.message, hint="run the same command again")
-    return RequestError(f"{message}: {getattr(error, 'message', error)}", hint=hint)
 
 
 def new_run_folder(cache: Path) -> Path:
