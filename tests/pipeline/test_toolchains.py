@@ -131,6 +131,18 @@ def test_cuda_libraries_are_left_out_beside_a_cpu_build_of_torch() -> None:
     assert {"torch", "transformers", "numpy"} <= without
 
 
+@pytest.mark.parametrize(
+    ("build", "pinned"),
+    [("", {"==2.13.0", "==2.13.0+cpu"}), ("2.13.0", {"==2.13.0"}), ("2.13.0+cpu", {"==2.13.0+cpu"})],
+)
+def test_torch_is_wanted_in_the_build_that_is_there(
+    build: str, pinned: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    wanted = read_toolchain("optimum-onnx").wanted("3.11.7", build)
+    assert {str(each.specifier) for each, _ in wanted if each.name == "torch"} == pinned
+
+
 def test_a_lock_says_what_is_wanted_for_each_python() -> None:
     versions = [[str(each.specifier) for each, _ in read_toolchain("ipex").wanted(python, "") if each.name == "numpy"]
                 for python in ("3.10.4", "3.11.7")]  # fmt: skip
