@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,12 +73,15 @@ def install_missing(
 
 
 def remove(toolchains: Toolchains, name: str) -> int:
-    """Remove the environment, and what killed tries left. Returns how many bytes that freed."""
+    """Remove the environment, those of earlier locks, and what killed tries left. Returns how many bytes that freed."""
     toolchain = read_toolchain(name)
     with _held(toolchains, toolchain):
         toolchains.forget(name)
-        _pointer(toolchains, toolchain).unlink(missing_ok=True)
-        return sum(_sweep(folder) for folder in _tries(toolchains, toolchain))
+        ours = [path for path in toolchains.root.iterdir() if re.match(rf"{re.escape(name)}-[0-9a-f]{{12}}\b", path.name)]
+        for path in ours:
+            if path.suffix in (".json", ".log"):
+                path.unlink()
+        return sum(_sweep(path) for path in ours if path.is_dir())
 
 
 def size_of(toolchains: Toolchains, name: str) -> int:

@@ -42,7 +42,7 @@ def list_toolchains(cache: Path | None) -> int:
 @CACHE
 def install(name: str, yes: bool, cache: Path | None) -> int:
     """Make the environment of toolchain NAME, from exact versions with hashes."""
-    from optimize.pipeline.installing import install as make
+    from optimize.pipeline import installing
     from optimize.pipeline.toolchains import read_toolchain
 
     toolchains, toolchain = _toolchains(cache), read_toolchain(name)
@@ -51,7 +51,7 @@ def install(name: str, yes: bool, cache: Path | None) -> int:
     except ToolchainError:
         if toolchain.lock and not yes and not confirm_install(toolchain):
             raise click.Abort from None
-        found = make(toolchains, name, terminal.say)
+        found = installing.install(toolchains, name, terminal.say)
     terminal.say(f"toolchain {name}: {found.python}, Python {found.version}, {len(found.packages)} distributions")
     return ExitCode.EMITTED
 
@@ -61,9 +61,9 @@ def install(name: str, yes: bool, cache: Path | None) -> int:
 @CACHE
 def remove(name: str, cache: Path | None) -> int:
     """Remove the environment of toolchain NAME. What was built with it stays."""
-    from optimize.pipeline.installing import remove as unmake
+    from optimize.pipeline import installing
 
-    terminal.say(f"toolchain {name}: removed, {unmake(_toolchains(cache), name) / 1e9:.2f} GB freed")
+    terminal.say(f"toolchain {name}: removed, {installing.remove(_toolchains(cache), name) / 1e9:.2f} GB freed")
     return ExitCode.EMITTED
 
 

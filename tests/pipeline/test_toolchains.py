@@ -248,6 +248,10 @@ def test_another_lock_is_another_environment(offer: Offer, cache: Path) -> None:
     assert first.digest != second.digest
     assert "not installed" in reason(Toolchains(cache))
     assert install(Toolchains(cache), NAME).digest != made.digest
+    assert len(folders(cache)) == 2
+    (cache / "toolchains" / "tiny-tool-0123456789ab-x").mkdir()  # of another toolchain
+    remove(Toolchains(cache), NAME)
+    assert [path.name for path in folders(cache)] == ["tiny-tool-0123456789ab-x"]
 
 
 def test_no_python_that_fits_is_said(offer: Offer, cache: Path) -> None:
