@@ -77,7 +77,8 @@ def remove(toolchains: Toolchains, name: str) -> int:
     toolchain = read_toolchain(name)
     with _held(toolchains, toolchain):
         toolchains.forget(name)
-        ours = [path for path in toolchains.root.iterdir() if re.match(rf"{re.escape(name)}-[0-9a-f]{{12}}\b", path.name)]
+        own = re.compile(rf"{re.escape(name)}-[0-9a-f]{{12}}\b")
+        ours = [path for path in toolchains.root.iterdir() if own.match(path.name)]
         for path in ours:
             if path.suffix in (".json", ".log"):
                 path.unlink()
