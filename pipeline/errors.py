@@ -13,7 +13,7 @@ class ExitCode(IntEnum):
     REFUSED = 2  # the request cannot be planned, or the checkpoint cannot be used; nothing was emitted
     NOT_BUILT = 3  # every recipe failed
     NOT_ACCURATE = 4  # something was built, none is accurate enough
-    NOT_FASTER = 5  # accurate, but none is faster than the gate demands
+    NOT_FASTER = 5  # accurate, but none is faster than the gate demands, or only what may not be emitted unasked
     INCONCLUSIVE = 6  # the noise on this host hides the difference that was asked about
     WORSE = 7  # worse than the artifact it was compared with (reserved)
     INTERRUPTED = 130  # Ctrl-C or SIGTERM; the store is intact
