@@ -33,7 +33,7 @@ class WorkerProcess:
     """One child process with its log. Use as a context manager: leaving it ends the process."""
 
     def __init__(self, log: Path, environment: Environment | None = None) -> None:
-        """Start it: in a toolchain's environment, or with this interpreter."""
+        """Start it: in a toolchain's environment, or with this interpreter. Raises WorkerError if that is gone."""
         self.log = log
         self._scratch = log.with_suffix(".tmp")  # compilers and loaders leave files behind when they are killed
         self._scratch.mkdir(parents=True, exist_ok=True)
@@ -57,8 +57,10 @@ class WorkerProcess:
                     [python, "-m", "optimize.pipeline.worker"], stdin=subprocess.PIPE, stdout=output,
                     stderr=subprocess.STDOUT, pass_fds=(write_end,), env=variables, start_new_session=True,
                 )  # fmt: skip
-        except OSError:
+        except OSError as error:
             os.close(read_end)
+            if not Path(python).exists():  # a toolchain that was removed meanwhile
+                raise WorkerError(f"the worker's interpreter {python} is gone", kind="died") from error
             raise
         finally:
             os.close(write_end)

@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from optimize.pipeline.contract import Target
-from optimize.pipeline.errors import OptimizeError, WorkerError
+from optimize.pipeline.errors import WorkerError
+from optimize.pipeline.toolchains import Environment
 from optimize.pipeline.workers import LOG_TAIL, WorkerProcess, running
 from tests.conftest import Install
 
@@ -364,15 +365,10 @@ def test_logs_are_appended_to(tmp_path: Path) -> None:
     assert "has no attribute 'bake'" in log.read_text()
 
 
-def test_an_unknown_toolchain_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptimizeError, match="toolchain 'ipex' is not known"):
-        WorkerProcess(tmp_path / "worker.log", toolchain="ipex")
-
-
 def test_a_worker_that_cannot_start_leaves_no_pipe_open(tmp_path: Path) -> None:
     before = psutil.Process().num_fds()
-    with pytest.raises(OptimizeError):
-        WorkerProcess(tmp_path / "worker.log", toolchain="ipex")
+    with pytest.raises(WorkerError, match=r"interpreter .*/gone/python is gone"):
+        WorkerProcess(tmp_path / "worker.log", Environment("tiny", tmp_path / "gone" / "python", "3.11"))
     assert psutil.Process().num_fds() == before
 
 
