@@ -12,6 +12,7 @@ import importlib.resources
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -186,7 +187,7 @@ class Toolchains:
     def _look(self, toolchain: Toolchain) -> Environment:
         name, chosen = toolchain.name, os.environ.get(toolchain.variable)
         if chosen:
-            return self._named(toolchain, Path(chosen).expanduser().absolute())
+            return self._named(toolchain, Path(shutil.which(chosen) or Path(chosen).expanduser()).absolute())
         folder = self.made(toolchain)
         if folder is None:
             reason = "is not installed" if toolchain.lock else f"cannot be installed here: {toolchain.elsewhere}"

@@ -293,11 +293,18 @@ def test_nothing_is_installed_without_consent(offer: Offer, cache: Path, yes: bo
     assert bool(folders(cache)) is there
 
 
-def test_an_interpreter_may_be_named(offer: Offer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interpreter_may_be_named(
+    offer: Offer, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     offer(lock=None, elsewhere="only its maker has it", provides=["numpy"])
     monkeypatch.setenv(VARIABLE, sys.executable)
     found = Toolchains(cache).find(NAME)
     assert found.named and found.packages["numpy"] == np.__version__
+    monkeypatch.setenv(VARIABLE, "this-python")  # on PATH
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "this-python").symlink_to(sys.executable)
+    assert Toolchains(cache).find(NAME).python == tmp_path / "this-python"
+    monkeypatch.setenv(VARIABLE, sys.executable)
     assert install(Toolchains(cache), NAME) == found
     assert not (cache / "toolchains").exists()
 
