@@ -71,11 +71,16 @@ class ConvertOpenvino(Pass):
         return {"operations": len(program.get_ordered_ops()), "repeated_heads": repeats}
 
     def ensures(self, out: Path) -> None:
-        import openvino
+        check_dynamic(out)
 
-        for port in openvino.Core().read_model(out / IR).inputs:
-            if not all(dimension.is_dynamic for dimension in port.partial_shape):
-                raise ValueError(f"{port.any_name} has a fixed shape {port.partial_shape}")
+
+def check_dynamic(out: Path) -> None:
+    """Raise ValueError for an input of the IR that takes one shape alone."""
+    import openvino
+
+    for port in openvino.Core().read_model(out / IR).inputs:
+        if not all(dimension.is_dynamic for dimension in port.partial_shape):
+            raise ValueError(f"{port.any_name} has a fixed shape {port.partial_shape}")
 
 
 def save_tokenizers(folder: Path, out: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from optimize.passes._optimum import export
-from optimize.passes.convert_openvino import IR, TOKENIZERS, write_runtime_options
+from optimize.passes.convert_openvino import IR, TOKENIZERS, check_dynamic, write_runtime_options
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
 from optimize.pipeline.memory import FRAMEWORKS
 
@@ -42,21 +42,15 @@ class ExportOptimumIntel(Pass):
         return BITS[self.weights] * checkpoint.parameters // 8
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
+        import openvino
+
         export(source.path, context.task, out, "openvino", "--weight-format", self.weights)
         kept = {Path(name).stem for name in (IR, *TOKENIZERS)}
         for path in out.iterdir():  # the checkpoint's own files are carried along by whoever emits the folder
             if path.stem not in kept:
                 path.unlink()
         write_runtime_options(out, "f32")
-        return {"operations": len(_program(out).get_ops())}
+        return {"operations": len(openvino.Core().read_model(out / IR).get_ops())}
 
     def ensures(self, out: Path) -> None:
-        for port in _program(out).inputs:
-            if not all(dimension.is_dynamic for dimension in port.partial_shape):
-                raise ValueError(f"{port.any_name} has a fixed shape {port.partial_shape}")
-
-
-def _program(out: Path) -> Any:
-    import openvino
-
-    return openvino.Core().read_model(out / IR)
+        check_dynamic(out)

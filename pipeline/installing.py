@@ -86,9 +86,8 @@ def remove(toolchains: Toolchains, name: str) -> int:
 
 
 def size_of(toolchains: Toolchains, name: str) -> int:
-    """Bytes on disk of the environment that was made; 0 where there is none."""
-    folder = toolchains.made(read_toolchain(name))
-    return 0 if folder is None else _bytes(folder)
+    """Bytes on disk of the environment when it was made; 0 where there is none."""
+    return int(toolchains.record(read_toolchain(name)).get("bytes", 0))
 
 
 def _make(toolchains: Toolchains, toolchain: Toolchain, note: Note) -> None:
@@ -118,11 +117,11 @@ def _make(toolchains: Toolchains, toolchain: Toolchain, note: Note) -> None:
                 hint=f"the whole log is {log}; the same command tries again, or {toolchain.otherwise}",
             ) from error
         raise
-    facts = {"folder": folder.name, "seconds": round(time.monotonic() - began, 1), "bytes": _bytes(folder)}
+    seconds, size = time.monotonic() - began, _bytes(folder)
     written = folder / "toolchain.json"
-    written.write_text(json.dumps(facts))
-    written.replace(_pointer(toolchains, toolchain))
-    note(f"toolchain {name}: {_bytes(folder) / 1e9:.2f} GB in {facts['seconds']:.0f} s")
+    written.write_text(json.dumps({"folder": folder.name, "seconds": round(seconds, 1), "bytes": size}))
+    written.replace(stem.with_suffix(".json"))
+    note(f"toolchain {name}: {size / 1e9:.2f} GB in {seconds:.0f} s")
 
 
 def _fill(toolchain: Toolchain, folder: Path, output: Any) -> None:
@@ -191,10 +190,6 @@ def _held(toolchains: Toolchains, toolchain: Toolchain, waiting: Callable[[], No
         yield
     finally:
         lock.release()
-
-
-def _pointer(toolchains: Toolchains, toolchain: Toolchain) -> Path:
-    return toolchains.stem(toolchain).with_suffix(".json")
 
 
 def _tries(toolchains: Toolchains, toolchain: Toolchain) -> list[Path]:

@@ -13,7 +13,7 @@ from optimize.pipeline.errors import RequestError, ToolchainError
 from optimize.pipeline.memory import DRIVER, GIB, MORE, Need, gib, what_would_fit, why_too_large
 from optimize.pipeline.recipe import UNCHANGED, parse, pass_text, recipe_text
 from optimize.pipeline.store import Store
-from optimize.pipeline.toolchains import Environment, Toolchains, read_toolchain
+from optimize.pipeline.toolchains import Environment, Toolchains
 from optimize.pipeline.versions import installed_version
 
 KEY_VERSION = 1  # bump when the meaning of keys changes
@@ -225,7 +225,7 @@ def _planned(
         more += step.extra_memory(facts)
         facts = replace(facts, weight_bytes=step.weight_bytes(facts), dtype=step.arithmetic or facts.dtype)
     running = running_memory(recipe.produces, facts, cells) + more
-    archived = "; ".join(filter(None, (read_toolchain(name).archived for name in environments)))
+    archived = "; ".join(filter(None, (each.archived for each in environments.values())))
     need = Need(max((step.memory for step in steps), default=0), running)
     return PlannedRecipe(recipe, tuple(steps), need, archived)
 

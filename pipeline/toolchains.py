@@ -100,6 +100,7 @@ class Environment:
     packages: Mapping[str, str] = field(default_factory=dict)  # canonical name -> version
     digest: str = ""  # of the lock that it was made from; where the user named it, of its packages
     named: bool = False  # by the user: OPTIMIZE_TOOLCHAIN_NAME
+    archived: str = ""  # as the toolchain's file says
 
 
 def toolchain_names() -> tuple[str, ...]:
@@ -166,11 +167,16 @@ class Toolchains:
 
     def made(self, toolchain: Toolchain) -> Path | None:
         """The folder of the environment that was made and came to its end, or None."""
+        name = self.record(toolchain).get("folder")
+        return self.root / name if name and (self.root / name).is_dir() else None
+
+    def record(self, toolchain: Toolchain) -> dict[str, Any]:
+        """What was written when it was whole: its folder, the seconds that it took, its bytes; or nothing."""
         try:
-            folder = self.root / json.loads(self.stem(toolchain).with_suffix(".json").read_text())["folder"]
-        except (OSError, ValueError, KeyError):
-            return None
-        return folder if folder.is_dir() else None
+            found: dict[str, Any] = json.loads(self.stem(toolchain).with_suffix(".json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found
 
     def try_imports(self, name: str) -> None:
         """Import what the toolchain is for, in its own process. Raises ToolchainError with the end of what it said."""
@@ -206,7 +212,7 @@ class Toolchains:
                     f"toolchain {name} was changed: {requirement.name} is {found or 'gone'}, and locked is "
                     f"{str(requirement.specifier).removeprefix('==')}", hint=toolchain.remedy,
                 )  # fmt: skip
-        return Environment(name, python_in(folder), version, packages, toolchain.digest)
+        return Environment(name, python_in(folder), version, packages, toolchain.digest, archived=toolchain.archived)
 
     def _named(self, toolchain: Toolchain, python: Path) -> Environment:
         where = f"toolchain {toolchain.name}: {toolchain.variable}={python}"
@@ -222,7 +228,7 @@ class Toolchains:
             absent = ", ".join(missing)
             raise ToolchainError(f"{where} does not have {absent}", hint="install it there, or name another")
         digest = hashlib.sha256(json.dumps(packages, sort_keys=True).encode()).hexdigest()
-        return Environment(toolchain.name, python, version, packages, digest, named=True)
+        return Environment(toolchain.name, python, version, packages, digest, True, toolchain.archived)
 
 
 def worker_environment(environment: Environment, scratch: Path) -> dict[str, str]:

@@ -63,13 +63,12 @@ class EngineSession:
 
     def _queue(self, shapes: Shapes) -> None:
         """One call; at the second of one shape it is captured, and launched as a graph from then on."""
-        if shapes in self._graphs:
-            self._graphs.move_to_end(shapes)
-            self._shape(dict(shapes))
-            _checked(cuda.cudaGraphLaunch(self._graphs[shapes], self._stream))
-            return
         self._select(self._fitting(dict(shapes)))
         self._shape(dict(shapes))
+        if shapes in self._graphs:
+            self._graphs.move_to_end(shapes)
+            _checked(cuda.cudaGraphLaunch(self._graphs[shapes], self._stream))
+            return
         if shapes not in self._seen:  # what the first call of a shape sets up cannot be captured
             self._seen.add(shapes)
             self._enqueue()
