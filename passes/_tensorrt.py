@@ -16,7 +16,7 @@ from optimize.models.encoding import BATCH_SIZES
 from optimize.pipeline.contract import Cell
 from optimize.pipeline.errors import RequestError
 
-ENGINE, INSPECTED, FACTS = "model.engine", "inspector.json", "engine.json"
+ENGINE, INSPECTED, FACTS, TIMINGS = "model.engine", "inspector.json", "engine.json", "timing.cache"
 LONGEST = 512  # tokens that the widest profile goes up to, if no cell is longer: those of evaluation text
 
 
@@ -44,6 +44,7 @@ def build(trt: Any, source: Path, out: Path, workload: Sequence[Cell], capabilit
         raise RuntimeError(f"the graph was not taken: {parser.get_error(0).desc()}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     if capabilities:
         config.num_compute_capabilities = len(capabilities)
         for index, each in enumerate(capabilities):
@@ -61,6 +62,7 @@ def build(trt: Any, source: Path, out: Path, workload: Sequence[Cell], capabilit
         raise RuntimeError(f"no engine was built: {logger.tail()}")
     seconds = time.perf_counter() - begun
     (out / ENGINE).write_bytes(bytes(engine))
+    (out / TIMINGS).write_bytes(bytes(config.get_timing_cache().serialize()))  # for whoever builds it again by hand
     facts = {
         "version": trt.__version__, "compute_capabilities": list(capabilities), "profiles": ranges,
         "inputs": [port.name for port in inputs], "layers": network.num_layers, "build_seconds": round(seconds, 2),

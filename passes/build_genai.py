@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Literal
 
 from optimize.models.checkpoint import read_config
 from optimize.passes._gguf_families import rope
+from optimize.passes._onnx import GRAPH, read_graph
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
 
-MODEL, SETTINGS = "model.onnx", "genai_config.json"
+SETTINGS = "genai_config.json"
 WHOLE = {"int8": {8}, "int4": {4, 8}}  # precision -> bits that a product by weights may have
 # architecture -> rotary positions that the builder was seen to get right: of others it forgets some without a word
 ROPES = {
@@ -110,7 +111,7 @@ class BuildGenai(Pass):
         return [*found, *(["algo_config=rtn"] if config.tie_word_embeddings and packs else ["shared_embeddings=false"])]
 
     def ensures(self, out: Path) -> None:
-        for name in (MODEL, SETTINGS, "tokenizer.json"):
+        for name in (GRAPH, SETTINGS, "tokenizer.json"):
             if not (out / name).is_file():
                 raise RuntimeError(f"{name} was not written")
         found = _products(out)
@@ -121,9 +122,7 @@ class BuildGenai(Pass):
 
 def _products(folder: Path) -> Counter[str]:
     """How many products by weights the graph has, by the type of the weights."""
-    import onnx
-
-    graph = onnx.load(folder / MODEL, load_external_data=False).graph
+    graph = read_graph(folder)
     weights = {tensor.name for tensor in graph.initializer}
     found: Counter[str] = Counter()
     for node in graph.node:

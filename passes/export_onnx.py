@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
+from optimize.passes._onnx import GRAPH, read_graph
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
 from optimize.pipeline.memory import FRAMEWORKS
 
@@ -52,14 +53,12 @@ class ExportOnnx(Pass):
             ort_fusions="cpu" if self.fused else None,
         )
         exported = OnnxExporter().export(model, inputs, config=config)
-        OnnxExporter.save_program(exported.program, out / "model.onnx")
+        OnnxExporter.save_program(exported.program, out / GRAPH)
         operators = [node.op_type for node in exported.program.graph.all_nodes()]
         return {"nodes": len(operators), "attention": sum("Attention" in name for name in operators)}
 
     def ensures(self, out: Path) -> None:
-        import onnx
-
-        graph = onnx.load(out / "model.onnx", load_external_data=False).graph
+        graph = read_graph(out)
         for tensor in (*graph.input, *graph.output):
             if not tensor.type.tensor_type.shape.dim[0].dim_param:
                 raise ValueError(f"{tensor.name} has a fixed batch: it would only run at the traced one")

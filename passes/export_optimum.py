@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from optimize.models.tasks import TASKS
+from optimize.passes._onnx import GRAPH, read_graph
 from optimize.passes._optimum import export
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
 
-MODEL = ("model.onnx", "model.onnx_data")
+MODEL = (GRAPH, "model.onnx_data")
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,9 @@ class ExportOptimum(Pass):
         for path in out.iterdir():  # the checkpoint's own files are carried along by whoever emits the folder
             if path.name not in MODEL:
                 path.unlink()
-        return {"nodes": len(_graph(out).node)}
+        return {"nodes": len(read_graph(out).node)}
 
     def ensures(self, out: Path) -> None:
-        for port in _graph(out).input:
+        for port in read_graph(out).input:
             if not all(axis.dim_param for axis in port.type.tensor_type.shape.dim):
                 raise ValueError(f"{port.name} has a fixed shape")
-
-
-def _graph(folder: Path) -> Any:
-    import onnx
-
-    return onnx.load(folder / "model.onnx", load_external_data=False).graph

@@ -33,7 +33,7 @@ class ExportOptimumIntel(Pass):
 
     @property
     def arithmetic(self) -> str | None:
-        return "float32"
+        return "int8" if self.weights in ("int8", "int4") else "float32"  # OpenVINO rounds what meets such weights
 
     def memory(self, checkpoint: Checkpoint) -> int:
         return 2 * FRAMEWORKS + 4 * 4 * checkpoint.parameters

@@ -42,7 +42,7 @@ class OptimizeIpex(Pass):
         return "float32" if self.mode == "fp32" else "bfloat16"
 
     def memory(self, checkpoint: Checkpoint) -> int:
-        return FRAMEWORKS + 4 * 4 * checkpoint.parameters
+        return 3 * FRAMEWORKS + 4 * 4 * checkpoint.parameters
 
     def weight_bytes(self, checkpoint: Checkpoint) -> int:
         return {"fp32": 4, "bf16": 2, "int8": 1}[self.mode] * checkpoint.parameters

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from optimize.passes._sensitivity import SAMPLES, check_options, noisiest
+from optimize.passes._onnx import GRAPH, PRODUCTS, count_nodes, coverage, noisiest_products, quantized_products
+from optimize.passes._sensitivity import SAMPLES, check_options
 from optimize.pipeline.batches import Encoded, load_batches
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
 from optimize.pipeline.memory import FRAMEWORKS
+
+INTEGER = ("MatMulInteger", "QGemm")  # what dynamic quantization makes of products
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,11 @@ class QuantizeOnnx(Pass):
             quantize_static,
         )
 
-        graph, result = source.path / "model.onnx", out / "model.onnx"
+        graph, result = source.path / GRAPH, out / GRAPH
         batches = load_batches(context.calibration) if context.calibration else []
         if self.calibrated and not batches:
             raise RuntimeError("static quantization and keep need calibration data")
-        kept = _noisiest(graph, batches[:SAMPLES], self.keep)
+        kept = noisiest_products(graph, batches[:SAMPLES], self.keep)
         if self.mode == "dynamic":
             quantize_dynamic(
                 graph, result, weight_type=QuantType.QInt8, per_channel=self.per_channel, nodes_to_exclude=kept,
@@ -75,47 +78,12 @@ class QuantizeOnnx(Pass):
                 graph, result, _Feed(batches[: self.samples]), nodes_to_exclude=kept,
                 quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                 per_channel=self.per_channel, calibrate_method=CalibrationMethod.MinMax,
-                op_types_to_quantize=["MatMul", "Gemm"], use_external_data_format=True,
+                op_types_to_quantize=list(PRODUCTS), use_external_data_format=True,
             )  # fmt: skip
-        return self._coverage(graph, result) | {"kept": kept}
-
-    def _coverage(self, graph: Path, result: Path) -> dict[str, Any]:
-        import onnx
-
-        before = [node.op_type for node in onnx.load(graph, load_external_data=False).graph.node]
-        after = onnx.load(result, load_external_data=False).graph
-        eligible = before.count("MatMul") + before.count("Gemm")
-        if self.mode == "dynamic":
-            quantized = sum(node.op_type in ("MatMulInteger", "QGemm") for node in after.node)
-        else:
-            dequantized = {node.output[0] for node in after.node if node.op_type == "DequantizeLinear"}
-            quantized = sum(n.op_type in ("MatMul", "Gemm") and n.input[1] in dequantized for n in after.node)
-        if not quantized:
-            raise RuntimeError(f"none of {eligible} matrix products was quantized")
-        return {"quantized": quantized, "eligible": eligible}
-
-
-def _noisiest(path: Path, feeds: list[Encoded], count: int) -> list[str]:
-    """Names of the `count` products by weights whose inputs int8 represents worst: see noisiest."""
-    if count == 0:
-        return []
-    import onnx
-    import onnxruntime
-
-    model = onnx.load(path)
-    weights = {tensor.name for tensor in model.graph.initializer}
-    nodes = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
-    inputs = list(dict.fromkeys(node.input[0] for node in nodes))
-    del model.graph.output[:]
-    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inputs)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    taken = [port.name for port in session.get_inputs()]
-    answers = (
-        dict(zip(inputs, session.run(inputs, {name: feed[name] for name in taken}), strict=True)) for feed in feeds
-    )
-    return noisiest(
-        [node.name for node in nodes], ([answer[node.input[0]] for node in nodes] for answer in answers), count
-    )
+        if self.mode == "static":
+            return quantized_products(source.path, out) | {"kept": kept}
+        eligible, quantized = count_nodes(source.path, PRODUCTS), count_nodes(out, INTEGER)
+        return coverage(quantized, eligible) | {"kept": kept}
 
 
 class _Feed:

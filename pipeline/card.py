@@ -2,136 +2,13 @@
 
 from __future__ import annotations
 
-from optimize.pipeline.contract import DEFAULT, Kind, Meaning
+from optimize.pipeline.contract import DEFAULT, Kind
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.progress import accuracy_text
+from optimize.pipeline.usage import install, usage
 from optimize.pipeline.verdict import Candidate
 
-LOCK = "toolchain.lock"  # in the emitted folder of what only a toolchain opens
-
-TOKENIZE = """from transformers import AutoTokenizer
-
-inputs = dict(AutoTokenizer.from_pretrained(".")(["Some text."], padding=True, return_tensors="{tensors}"))
-"""
-
-RUN = {
-    Kind.CHECKPOINT: """import torch
-from transformers import {auto_class}
-
-model = {auto_class}.from_pretrained(".", dtype="auto").eval()
-with torch.inference_mode():
-    outputs = model(**inputs)
-""",
-    Kind.AOTI: """import torch
-
-model = torch._inductor.aoti_load_package("model.pt2")  # torch {torch}, on a processor like this one
-names = model.get_metadata()["inputs"].split(",")
-with torch.inference_mode():
-    outputs = model(**{{name: inputs[name] for name in names}})
-""",
-    Kind.TORCHSCRIPT: """import torch
-
-extra = {{"inputs": ""}}
-model = torch.jit.load("model.pt", _extra_files=extra)
-with torch.no_grad():
-    outputs = model(*(inputs[name] for name in extra["inputs"].decode().split(",")))
-""",
-    Kind.ONNX: """import onnxruntime
-
-session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
-names = [port.name for port in session.get_outputs()]
-outputs = dict(zip(names, session.run(None, {{port.name: inputs[port.name] for port in session.get_inputs()}})))
-""",
-    Kind.OPENVINO: """import json
-import openvino
-
-options = json.load(open("runtime.json"))  # without it OpenVINO picks another precision than was proved
-model = openvino.Core().compile_model("openvino_model.xml", "CPU", options)
-result = model({{port.any_name: inputs[port.any_name] for port in model.inputs}})
-outputs = {{port.any_name: result[port] for port in model.outputs}}
-""",
-}
-
-for engines in (Kind.TENSORRT, Kind.TENSORRT_RTX):
-    RUN[engines] = "# engine.json names inputs and profiles; see the samples of {auto_class}'s runtime, TensorRT\n"
-RUN[Kind.IPEX] = "import intel_extension_for_pytorch\n" + RUN[Kind.TORCHSCRIPT]
-IMPORTS = {
-    Kind.CHECKPOINT: ("torch",),
-    Kind.AOTI: ("torch",),
-    Kind.TORCHSCRIPT: ("torch",),
-    Kind.ONNX: ("onnxruntime",),
-    Kind.OPENVINO: ("openvino", "openvino-genai"),
-    Kind.GGUF: ("xllamacpp",),
-    Kind.OLLAMA: (),
-    Kind.GENAI: ("onnxruntime-genai",),
-}
-NORMALIZE = "embeddings = embeddings / (embeddings**2).sum(-1)[:, None] ** 0.5\n"
-POOL = {  # what was judged of a sentence
-    "mean": """
-mask = inputs["attention_mask"][..., None]
-embeddings = (outputs["last_hidden_state"] * mask).sum(1) / mask.sum(1)
-"""
-    + NORMALIZE,
-    "cls": """
-embeddings = outputs["last_hidden_state"][:, 0]
-"""
-    + NORMALIZE,
-}
-
-
-GENERATE = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".", dtype="auto")
-{prepare}inputs = tokenizer("The harbour was", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32{options})[0]))
-"""
-PACK = """
-import torch
-from torchao.prototype.quantization.int4 import Int4OpaqueTensor
-from torchao.quantization import IntxUnpackedToInt8Tensor
-from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
-
-for layer in model.modules():  # pack four-bit weights for this processor; without it the model runs too, but slowly
-    weight = getattr(layer, "weight", None)
-    if isinstance(weight, IntxUnpackedToInt8Tensor):
-        data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.qdata.int() + 8, 1)
-        scales = pack_tinygemm_scales_and_zeros(weight.scale, -weight.scale * weight.zero_point, weight.scale.dtype)
-        packed = Int4OpaqueTensor(data, scales, list(weight.block_size), weight.shape)
-        layer.weight = torch.nn.Parameter(packed, requires_grad=False)
-
-"""
-COMPILE = """
-import json
-from transformers import CompileConfig
-
-compiling = CompileConfig(**json.load(open("compile.json")))
-compiling._compile_all_devices = True  # else transformers compiles for accelerators alone
-
-"""
-LLM_PIPELINE = """import json
-import openvino_genai
-
-with open("runtime.json") as file:
-    pipeline = openvino_genai.LLMPipeline(".", "CPU", **json.load(file))
-print(pipeline.generate("The harbour was", max_new_tokens=32, do_sample=False, apply_chat_template=False))
-"""
-SERVE = """import xllamacpp  # or: llama-server -m model.gguf; ollama create NAME -f Modelfile
-
-params = xllamacpp.CommonParams()
-params.model.path = "model.gguf"
-server = xllamacpp.Server(params)
-answer = server.handle_completions({"prompt": "The harbour was", "max_tokens": 32, "temperature": 0})
-print(answer["choices"][0]["text"])
-"""
-OLLAMA = """import json
-import urllib.request
-
-options = {"temperature": 0, "num_predict": 32}
-asked = {"model": "NAME", "prompt": "The harbour was", "raw": True, "stream": False, "options": options}
-request = urllib.request.Request("http://127.0.0.1:11434/api/generate", json.dumps(asked).encode())
-print(json.load(urllib.request.urlopen(request))["response"])
-"""
 WITH_RUNTIME = """With its runtime and transformers' tokenizer, in this folder (`{install}`):
 
 ```python
@@ -157,50 +34,6 @@ Then `ollama run NAME`, or over HTTP:
 
 Or with `optimize serve .`, an OpenAI-compatible endpoint of a private server. `model.gguf` also runs in llama.cpp.
 """
-GENAI = """import os
-
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when the next line runs
-import onnxruntime_genai
-
-model = onnxruntime_genai.Model(".")
-tokenizer = onnxruntime_genai.Tokenizer(model)
-params = onnxruntime_genai.GeneratorParams(model)
-params.set_search_options(max_length=64, do_sample=False)
-generator = onnxruntime_genai.Generator(model, params)
-generator.append_tokens(tokenizer.encode("The harbour was"))
-while not generator.is_done():
-    generator.generate_next_token()
-print(tokenizer.decode(generator.get_sequence(0)))
-"""
-GENERATES = {Kind.OPENVINO: LLM_PIPELINE, Kind.GGUF: SERVE, Kind.OLLAMA: OLLAMA, Kind.GENAI: GENAI}
-
-
-def usage(report: Report, kind: Kind, recipe: str) -> str:
-    """Python that runs the emitted folder without this package, from inside it."""
-    from optimize.models.tasks import TASKS
-
-    if TASKS[report.checkpoint.task].generates:
-        compiles = "compile-generate" in recipe
-        prepare = (PACK if "quantize-torchao{mode=int4}" in recipe else "") + (COMPILE if compiles else "")
-        options = ", compile_config=compiling" if compiles else ""
-        return GENERATES.get(kind) or GENERATE.format(prepare=prepare, options=options)
-    tensors = "pt" if kind in (Kind.CHECKPOINT, Kind.AOTI, Kind.TORCHSCRIPT, Kind.IPEX) else "np"
-    auto_class = TASKS[report.checkpoint.task].auto_class
-    run = RUN[kind].format(auto_class=auto_class, torch=report.host.packages.get("torch"))
-    pooled = POOL[report.evaluation.pooling] if report.evaluation.pooling else ""
-    return TOKENIZE.format(tensors=tensors) + "\n" + run + pooled
-
-
-def install(report: Report, kind: Kind, recipe: str) -> str:
-    """The command that installs what `usage` imports, in the versions that it was proved with."""
-    if kind.toolchain != DEFAULT:
-        return f"pip install --require-hashes --no-deps -r {LOCK}"
-    versions = report.host.packages
-    needed = [name for name in IMPORTS[kind] if name != "openvino-genai" or report.evaluation.meaning is Meaning.NEXT]
-    quantizer = ("torchao",) if "quantize-torchao" in recipe else ()
-    wanted = [name for name in ("transformers", *needed, *quantizer) if name in versions]
-    named = [f"{name}=={versions[name].partition('+')[0]}" for name in wanted]  # without a build's own label
-    return f"pip install {' '.join(named)}"
 
 
 def _table(speed: Speed) -> str:

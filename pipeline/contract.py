@@ -37,6 +37,7 @@ class Kind(Word):
     CHECKPOINT = "checkpoint"  # config.json and *.safetensors, as transformers saves them
     AOTI = "aoti"  # model.pt2, an AOTInductor package
     ONNX = "onnx"  # model.onnx with model.onnx.data
+    ONNX_GPU = "onnxruntime-gpu"  # the same, and provider.json: what runs it on a GPU
     OPENVINO = "openvino"  # openvino_model.xml and .bin
     GGUF = "gguf"  # model.gguf, for llama.cpp
     OLLAMA = "ollama"  # model.gguf and the Modelfile from which Ollama makes its model
@@ -45,11 +46,13 @@ class Kind(Word):
     IPEX = "ipex"  # the same with operations of intel-extension-for-pytorch
     TENSORRT = "tensorrt"  # model.engine, and what its builder says of it
     TENSORRT_RTX = "tensorrt-rtx"  # the same, compiled to the end by the driver of the GPU that runs it
+    TENSORRT_LLM = "tensorrt-llm"  # engines, or a quantized checkpoint; and what runs it must know
 
     @property
     def toolchain(self) -> str:
         """The environment that opens such a folder."""
-        return self.value if self in (Kind.IPEX, Kind.TENSORRT, Kind.TENSORRT_RTX) else DEFAULT
+        apart = (Kind.ONNX_GPU, Kind.IPEX, Kind.TENSORRT, Kind.TENSORRT_RTX, Kind.TENSORRT_LLM)
+        return self.value if self in apart else DEFAULT
 
 
 class Meaning(Word):

@@ -9,13 +9,14 @@ import tempfile
 from pathlib import Path
 
 from optimize.pipeline.batches import load_batches
-from optimize.pipeline.card import LOCK, model_card
+from optimize.pipeline.card import model_card
 from optimize.pipeline.contract import DEFAULT, Artifact
 from optimize.pipeline.errors import OptimizeError, OutputError, RequestError
 from optimize.pipeline.manifest import FILE, SCHEMA_VERSION, Manifest, Report, to_json
 from optimize.pipeline.store import digest_files
 from optimize.pipeline.toolchains import read_toolchain
 from optimize.pipeline.trial import CELLS, TEXT, Trial
+from optimize.pipeline.usage import LOCK
 from optimize.pipeline.verdict import Candidate
 
 EVIDENCE = "evidence"  # inputs, the reference's outputs, raw samples, plan: what `verify` repeats the gate with

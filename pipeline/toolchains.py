@@ -31,7 +31,7 @@ from optimize.pipeline.errors import RequestError, ToolchainError
 
 OLDEST = SpecifierSet(">=3.10")  # Python that our worker runs on
 CPU = "+cpu"  # ends the version of a CPU build of torch
-CUDA = ("nvidia-", "cuda-", "triton")  # what only a CUDA build of torch asks for
+CUDA = ("nvidia-", "cuda-", "triton")  # what only a CUDA build of torch asks for, but for what we ask for by name
 PROBE_LIMIT, IMPORT_LIMIT = 60.0, 300.0  # seconds
 
 _PROBE = """
@@ -84,9 +84,10 @@ class Toolchain:
         Without a build, torch comes in every one that is locked.
         """
         left_out = CUDA if torch.endswith(CPU) else ()
-        asked = {"python_full_version": python, "python_version": ".".join(python.split(".")[:2])}
-        every = [(each, text) for each, text in locked(self.lock) if not each.name.startswith(left_out)]
-        here = [(each, text) for each, text in every if each.marker is None or each.marker.evaluate(asked)]
+        asked = {Requirement(text).name for text in self.requirements}
+        given = {"python_full_version": python, "python_version": ".".join(python.split(".")[:2])}
+        every = [(e, text) for e, text in locked(self.lock) if e.name in asked or not e.name.startswith(left_out)]
+        here = [(each, text) for each, text in every if each.marker is None or each.marker.evaluate(given)]
         return [(each, text) for each, text in here if not torch or each.name != "torch" or _is_build(each, torch)]
 
 

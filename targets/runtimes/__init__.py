@@ -21,6 +21,7 @@ RUNTIMES = {
     Kind.CHECKPOINT: "eager",
     Kind.AOTI: "aoti",
     Kind.ONNX: "onnxruntime",
+    Kind.ONNX_GPU: "onnxruntime_gpu",
     Kind.OPENVINO: "openvino",
     Kind.GGUF: "llamacpp",
     Kind.GENAI: "genai",
@@ -29,6 +30,7 @@ RUNTIMES = {
     Kind.IPEX: "ipex",
     Kind.TENSORRT: "tensorrt",
     Kind.TENSORRT_RTX: "tensorrt_rtx",
+    Kind.TENSORRT_LLM: "tensorrt_llm",
 }
 
 

@@ -30,6 +30,9 @@ def write_until(
     session: Any, prompts: Sequence[Array], new: int, is_over: Callable[[list[int]], bool]
 ) -> list[list[int]]:
     """What is written behind each prompt until it `is_over`, or `new` tokens long."""
+    if not hasattr(session, "prefill"):
+        whole = session.generate(prompts, new).tokens.tolist()
+        return [next((row[:end] for end in range(1, new) if is_over(row[:end])), row) for row in whole]
     written: list[list[int]] = [[] for _ in prompts]
     over = [False] * len(prompts)
     logits = session.prefill(prompts, new)

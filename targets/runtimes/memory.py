@@ -19,14 +19,16 @@ RESIDENT = {
     Kind.CHECKPOINT: (EAGER, 1.0),
     Kind.AOTI: (EAGER, 2.0),
     Kind.ONNX: (500 * MIB, 2.0),
+    Kind.ONNX_GPU: (2000 * MIB, 2.0),  # on the host: CUDA's libraries, and weights on their way to the GPU
     Kind.OPENVINO: (500 * MIB, 2.2),
     Kind.GGUF: (150 * MIB, 2.0),
     Kind.OLLAMA: (300 * MIB, 2.0),  # its server among it
     Kind.GENAI: (500 * MIB, 2.2),
     Kind.TORCHSCRIPT: (EAGER, 2.0),
-    Kind.IPEX: (EAGER, 3.0),
+    Kind.IPEX: (2200 * MIB, 3.0),  # its torch brings CUDA's libraries
     Kind.TENSORRT: (500 * MIB, 2.0),  # on the host, where an engine is read before it goes to the GPU
     Kind.TENSORRT_RTX: (500 * MIB, 2.0),
+    Kind.TENSORRT_LLM: (EAGER, 2.0),
 }
 LOGITS = 4  # copies of a window's logits, while it is scored
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 
 from optimize.pipeline.contract import Array, Batch, Layers
@@ -13,7 +14,7 @@ from optimize.targets.runtimes import weights_key
 
 
 class OnnxSession:
-    """An inference session; it allocates fresh outputs at each call."""
+    """An inference session; it allocates fresh outputs at each call. Those of 16 bits are widened."""
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self._session = session
@@ -22,7 +23,7 @@ class OnnxSession:
 
     def run(self, batch: Batch) -> dict[str, Array]:
         arrays = self._session.run(None, {name: batch[name] for name in self.inputs})
-        return dict(zip(self._outputs, arrays, strict=True))
+        return {name: array.astype(np.float32, copy=False) for name, array in zip(self._outputs, arrays, strict=True)}
 
 
 def layers(path: Path, task: str, batches: Sequence[Batch]) -> Layers:

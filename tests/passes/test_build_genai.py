@@ -13,7 +13,8 @@ import pytest
 from optimize.models.checkpoint import resolve
 from optimize.models.encoding import load_tokenizer
 from optimize.models.spelling import spelling_problems
-from optimize.passes.build_genai import MODEL, ROPES, BuildGenai
+from optimize.passes._onnx import GRAPH
+from optimize.passes.build_genai import ROPES, BuildGenai
 from optimize.pipeline.contract import Artifact, Context, Kind
 from optimize.pipeline.language import score
 from optimize.targets.cpu import probe
@@ -127,7 +128,7 @@ def test_products_that_were_left_out_are_an_error(make_language_model: MakeCheck
     path = build(folder, BuildGenai())._path
     with pytest.raises(RuntimeError, match="not int8"):
         BuildGenai("int8").ensures(path)
-    (path / MODEL).unlink()
+    (path / GRAPH).unlink()
     with pytest.raises(RuntimeError, match=r"model\.onnx was not written"):
         BuildGenai().ensures(path)
 

@@ -1,0 +1,242 @@
+"""Python that runs an emitted folder without this package: the lines that its README.md has, by kind."""
+
+from __future__ import annotations
+
+from optimize.pipeline.contract import DEFAULT, Kind, Meaning
+from optimize.pipeline.manifest import Report
+from optimize.pipeline.toolchains import read_toolchain
+
+LOCK = "toolchain.lock"  # in the emitted folder of what only a toolchain opens
+
+TOKENIZE = """from transformers import AutoTokenizer
+
+inputs = dict(AutoTokenizer.from_pretrained(".")(["Some text."], padding=True, return_tensors="{tensors}"))
+"""
+
+RUN = {
+    Kind.CHECKPOINT: """import torch
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained(".", dtype="auto").eval()
+with torch.inference_mode():
+    outputs = model(**inputs)
+""",
+    Kind.AOTI: """import torch
+
+model = torch._inductor.aoti_load_package("model.pt2")  # torch {torch}, on a processor like this one
+names = model.get_metadata()["inputs"].split(",")
+with torch.inference_mode():
+    outputs = model(**{{name: inputs[name] for name in names}})
+""",
+    Kind.TORCHSCRIPT: """import torch
+
+extra = {{"inputs": ""}}
+model = torch.jit.load("model.pt", _extra_files=extra)
+with torch.no_grad():
+    outputs = model(*(inputs[name] for name in extra["inputs"].decode().split(",")))
+""",
+    Kind.ONNX: """import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+names = [port.name for port in session.get_outputs()]
+outputs = dict(zip(names, session.run(None, {{port.name: inputs[port.name] for port in session.get_inputs()}})))
+""",
+    Kind.OPENVINO: """import json
+import openvino
+
+options = json.load(open("runtime.json"))  # without it OpenVINO picks another precision than was proved
+model = openvino.Core().compile_model("openvino_model.xml", "CPU", options)
+result = model({{port.any_name: inputs[port.any_name] for port in model.inputs}})
+outputs = {{port.any_name: result[port] for port in model.outputs}}
+""",
+}
+
+ENGINE = """import json
+import numpy as np
+import MODULE as trt
+from cuda.bindings import runtime as cuda
+
+engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(open("model.engine", "rb").read())
+context, stream = engine.create_execution_context(), cuda.cudaStreamCreate()[1]
+context.set_optimization_profile_async(0, stream)  # the one that takes every shape; engine.json lists them
+cuda.cudaStreamSynchronize(stream)
+names = json.load(open("engine.json"))["inputs"]
+arrays = {{name: np.ascontiguousarray(inputs[name], trt.nptype(engine.get_tensor_dtype(name))) for name in names}}
+for name in names:
+    context.set_input_shape(name, arrays[name].shape)
+every = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+outputs = {{name: np.empty(tuple(context.get_tensor_shape(name)), trt.nptype(engine.get_tensor_dtype(name)))
+           for name in every if name not in names}}
+memory = {{}}
+for name, array in {{**arrays, **outputs}}.items():
+    memory[name] = cuda.cudaMalloc(array.nbytes)[1]
+    context.set_tensor_address(name, memory[name])
+for name, array in arrays.items():
+    cuda.cudaMemcpy(memory[name], array.ctypes.data, array.nbytes, cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
+assert context.execute_async_v3(stream)
+cuda.cudaStreamSynchronize(stream)
+for name, array in outputs.items():
+    cuda.cudaMemcpy(array.ctypes.data, memory[name], array.nbytes, cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+"""
+PROVIDED = """import json
+import onnxruntime
+
+onnxruntime.preload_dlls()
+chosen = json.load(open("provider.json"))
+{open}names = [port.name for port in session.get_outputs()]
+outputs = dict(zip(names, session.run(None, {{port.name: inputs[port.name] for port in session.get_inputs()}})))
+"""
+BUILT_IN = """provider = (chosen["provider"], chosen["options"])
+session = onnxruntime.InferenceSession("model.onnx", providers=[provider])
+"""
+PLUGGED_IN = """import onnxruntime_ep_nv_tensorrt_rtx as plugin
+
+onnxruntime.register_execution_provider_library(chosen["provider"], plugin.get_library_path())
+devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == chosen["provider"]]
+options = onnxruntime.SessionOptions()
+options.add_provider_for_devices(devices[:1], chosen["options"])
+session = onnxruntime.InferenceSession("model.onnx", options)
+"""
+ENGINE_MODULES = {Kind.TENSORRT: "tensorrt", Kind.TENSORRT_RTX: "tensorrt_rtx_bindings"}
+for engines, module in ENGINE_MODULES.items():
+    RUN[engines] = ENGINE.replace("MODULE", module)
+RUN[Kind.ONNX_GPU] = PROVIDED
+RUN[Kind.IPEX] = "import intel_extension_for_pytorch\n" + RUN[Kind.TORCHSCRIPT]
+IMPORTS = {
+    Kind.CHECKPOINT: ("torch",),
+    Kind.AOTI: ("torch",),
+    Kind.TORCHSCRIPT: ("torch",),
+    Kind.ONNX: ("onnxruntime",),
+    Kind.OPENVINO: ("openvino", "openvino-genai"),
+    Kind.GGUF: ("xllamacpp",),
+    Kind.OLLAMA: (),
+    Kind.GENAI: ("onnxruntime-genai",),
+}
+NORMALIZE = "embeddings = embeddings / (embeddings**2).sum(-1)[:, None] ** 0.5\n"
+POOL = {  # what was judged of a sentence
+    "mean": """
+mask = inputs["attention_mask"][..., None]
+embeddings = (outputs["last_hidden_state"] * mask).sum(1) / mask.sum(1)
+"""
+    + NORMALIZE,
+    "cls": """
+embeddings = outputs["last_hidden_state"][:, 0]
+"""
+    + NORMALIZE,
+}
+
+
+GENERATE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+{prepare}inputs = tokenizer("The harbour was", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32{options})[0]))
+"""
+PACK = """
+import torch
+from torchao.prototype.quantization.int4 import Int4OpaqueTensor
+from torchao.quantization import IntxUnpackedToInt8Tensor
+from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
+
+for layer in model.modules():  # pack four-bit weights for this processor; without it the model runs too, but slowly
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, IntxUnpackedToInt8Tensor):
+        data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.qdata.int() + 8, 1)
+        scales = pack_tinygemm_scales_and_zeros(weight.scale, -weight.scale * weight.zero_point, weight.scale.dtype)
+        packed = Int4OpaqueTensor(data, scales, list(weight.block_size), weight.shape)
+        layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+"""
+COMPILE = """
+import json
+from transformers import CompileConfig
+
+compiling = CompileConfig(**json.load(open("compile.json")))
+compiling._compile_all_devices = True  # else transformers compiles for accelerators alone
+
+"""
+LLM_PIPELINE = """import json
+import openvino_genai
+
+with open("runtime.json") as file:
+    pipeline = openvino_genai.LLMPipeline(".", "CPU", **json.load(file))
+print(pipeline.generate("The harbour was", max_new_tokens=32, do_sample=False, apply_chat_template=False))
+"""
+SERVE = """import xllamacpp  # or: llama-server -m model.gguf; ollama create NAME -f Modelfile
+
+params = xllamacpp.CommonParams()
+params.model.path = "model.gguf"
+server = xllamacpp.Server(params)
+answer = server.handle_completions({"prompt": "The harbour was", "max_tokens": 32, "temperature": 0})
+print(answer["choices"][0]["text"])
+"""
+OLLAMA = """import json
+import urllib.request
+
+options = {"temperature": 0, "num_predict": 32}
+asked = {"model": "NAME", "prompt": "The harbour was", "raw": True, "stream": False, "options": options}
+request = urllib.request.Request("http://127.0.0.1:11434/api/generate", json.dumps(asked).encode())
+print(json.load(urllib.request.urlopen(request))["response"])
+"""
+GENAI = """import os
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when the next line runs
+import onnxruntime_genai
+
+model = onnxruntime_genai.Model(".")
+tokenizer = onnxruntime_genai.Tokenizer(model)
+params = onnxruntime_genai.GeneratorParams(model)
+params.set_search_options(max_length=64, do_sample=False)
+generator = onnxruntime_genai.Generator(model, params)
+generator.append_tokens(tokenizer.encode("The harbour was"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+"""
+TENSORRT_LLM = """import json
+
+facts = json.load(open("tensorrt_llm.json"))
+if facts["engine"]:
+    from tensorrt_llm._tensorrt_engine import LLM
+else:  # or: trtllm-serve . --config serve.yaml
+    from tensorrt_llm import LLM
+from tensorrt_llm.llmapi import SamplingParams
+
+llm = LLM(model=".", tokenizer=".", tensor_parallel_size=facts["gpus"])
+print(llm.generate("The harbour was", sampling_params=SamplingParams(max_tokens=32, top_k=1)).outputs[0].text)
+"""
+GENERATES = {Kind.OPENVINO: LLM_PIPELINE, Kind.GGUF: SERVE, Kind.OLLAMA: OLLAMA, Kind.GENAI: GENAI,
+             Kind.TENSORRT_LLM: TENSORRT_LLM}  # fmt: skip
+
+
+def usage(report: Report, kind: Kind, recipe: str) -> str:
+    """Python that runs the emitted folder without this package, from inside it."""
+    from optimize.models.tasks import TASKS
+
+    if TASKS[report.checkpoint.task].generates:
+        compiles = "compile-generate" in recipe
+        prepare = (PACK if "quantize-torchao{mode=int4}" in recipe else "") + (COMPILE if compiles else "")
+        options = ", compile_config=compiling" if compiles else ""
+        return GENERATES.get(kind) or GENERATE.format(prepare=prepare, options=options)
+    tensors = "pt" if kind in (Kind.CHECKPOINT, Kind.AOTI, Kind.TORCHSCRIPT, Kind.IPEX) else "np"
+    auto_class = TASKS[report.checkpoint.task].auto_class
+    opened = PLUGGED_IN if "provider=tensorrt-rtx" in recipe else BUILT_IN
+    run = RUN[kind].format(auto_class=auto_class, torch=report.host.packages.get("torch"), open=opened)
+    pooled = POOL[report.evaluation.pooling] if report.evaluation.pooling else ""
+    return TOKENIZE.format(tensors=tensors) + "\n" + run + pooled
+
+
+def install(report: Report, kind: Kind, recipe: str) -> str:
+    """The command that installs what `usage` imports, in the versions that it was proved with."""
+    if kind.toolchain != DEFAULT:
+        toolchain = read_toolchain(kind.toolchain)
+        if toolchain.lock:
+            return f"pip install --require-hashes --no-deps -r {LOCK}"
+        had = report.host.toolchains[kind.toolchain].packages
+        return f"pip install {' '.join(f'{name}=={had[name]}' for name in toolchain.provides if name in had)}"
+    versions = report.host.packages
+    needed = [name for name in IMPORTS[kind] if name != "openvino-genai" or report.evaluation.meaning is Meaning.NEXT]
+    quantizer = ("torchao",) if "quantize-torchao" in recipe else ()
+    wanted = [name for name in ("transformers", *needed, *quantizer) if name in versions]
+    named = [f"{name}=={versions[name].partition('+')[0]}" for name in wanted]  # without a build's own label
+    return f"pip install {' '.join(named)}"
