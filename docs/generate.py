@@ -18,10 +18,11 @@ import click
 from optimize.models.examples import ALIASES
 from optimize.models.tasks import TASKS, Task
 from optimize.pipeline.cli import main_group
+from optimize.pipeline.contract import DEFAULT
 from optimize.pipeline.driver import target_names
 from optimize.pipeline.manifest import schema
 from optimize.pipeline.recipe import pass_class, pass_names
-from optimize.pipeline.toolchains import read_toolchain, toolchain_names
+from optimize.pipeline.toolchain_files import read_toolchain, toolchain_names
 
 DOCS = Path(__file__).parent
 TABLE = "| input | code | message begins |\n|---|---|---|\n"
@@ -77,7 +78,9 @@ def support_page() -> str:
     for name in pass_names():
         cls = pass_class(name)
         options = ", ".join(f"`{field.name}={field.default}`" for field in dataclasses.fields(cls)) or "none"
-        rows.append((f"`{name}`", cls.accepts.value, cls.produces.value, cls.toolchain, options))
+        runs = cls.produces.toolchain
+        apart = cls.toolchain if runs in (DEFAULT, cls.toolchain) else f"{cls.toolchain}; run in {runs}"
+        rows.append((f"`{name}`", cls.accepts.value, cls.produces.value, apart, options))
     parts.append(_table(("pass", "reads", "makes", "toolchain", "options (defaults)"), rows))
     parts.append("## Toolchains\n")
     rows = []

@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,7 +84,7 @@ def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **opti
         if not dry_run:
             terminal.check_writable(json_file)
         ask = console.is_terminal and sys.stdin.isatty() and not dry_run
-        planned = Request(**options).plan(confirm_install if ask else lambda _: False)
+        planned = Request(**options).plan(confirm_install if ask else lambda _: False, install=not dry_run)
     terminal.check_outside(json_file, planned.out, store)
     with terminal.errors_to(json_file):
         if dry_run:
@@ -304,10 +305,14 @@ def repeat(request: Path) -> int:
             f"{request} is not a step's request: {error}", hint="give the file that the error named"
         ) from None
     out = tempfile.mkdtemp(prefix="optimize-repeat-")
-    if toolchain == DEFAULT:
-        facts = Worker().build(**arguments, out=out)
-    else:
-        facts = _repeat_apart(toolchain, request, arguments | {"out": out})
+    try:
+        if toolchain == DEFAULT:
+            facts = Worker().build(**arguments, out=out)
+        else:
+            facts = _repeat_apart(toolchain, request, arguments | {"out": out})
+    finally:
+        with suppress(OSError):
+            Path(out).rmdir()  # where nothing was built
     terminal.say(f"built into {out}: {facts}")
     return ExitCode.EMITTED
 

@@ -261,7 +261,7 @@ class Recipe:
         """Why one of its passes cannot run for this checkpoint there, whatever is installed; or None."""
         for step in self.passes:
             if (reason := step.requires(checkpoint, target)) is not None:
-                return f"{step.name}: {reason}"
+                return reason if self.name.partition("{")[0] == step.name else f"{step.name}: {reason}"
         return None
 
     def arithmetic(self, dtype: str) -> str:

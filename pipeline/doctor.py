@@ -8,9 +8,9 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from optimize.pipeline.contract import DEFAULT
+from optimize.pipeline.contract import DEFAULT, Kind
 from optimize.pipeline.driver import find_target
-from optimize.pipeline.errors import ToolchainError, WorkerError
+from optimize.pipeline.errors import OptimizeError, ToolchainError, WorkerError
 from optimize.pipeline.recipe import pass_class, pass_names
 from optimize.pipeline.roofline import measure_peaks
 from optimize.pipeline.toolchains import Toolchains
@@ -68,6 +68,9 @@ def findings(cache: Path) -> list[Finding]:
             continue
         for tool in found.tools:
             needs.setdefault(tool, []).append(name)
+    for kind in Kind:
+        if kind.toolchain != DEFAULT:
+            apart.setdefault(kind.toolchain, []).append(f"{kind} folders")
     for tool, passes in sorted(needs.items()):
         version = installed_version(tool)
         meaning = f"for {', '.join(passes)}" + ("" if version else f": pip install {tool}")
@@ -80,7 +83,8 @@ def _toolchain(toolchains: Toolchains, name: str, passes: list[str]) -> Finding:
     meaning = f"for {', '.join(passes)}"
     try:
         found = toolchains.find(name)
-    except ToolchainError as error:
-        state = "not there" if error.absent else "unusable"
-        return Finding(f"toolchain {name}", state, f"{meaning}: {error.hint}", good=error.absent)
+    except OptimizeError as error:
+        absent = isinstance(error, ToolchainError) and error.absent
+        state = "not there" if absent else "unusable"
+        return Finding(f"toolchain {name}", state, f"{meaning}: {error.hint}", good=absent)
     return Finding(f"toolchain {name}", f"Python {found.version}", f"{meaning}: {found.python}")

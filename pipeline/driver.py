@@ -29,7 +29,8 @@ from optimize.pipeline.progress import Progress
 from optimize.pipeline.recipe import parse
 from optimize.pipeline.run import Run, new_run_folder
 from optimize.pipeline.store import Store
-from optimize.pipeline.toolchains import Toolchain, Toolchains
+from optimize.pipeline.toolchain_files import Toolchain
+from optimize.pipeline.toolchains import Toolchains
 
 logger = logging.getLogger(__name__)
 LIVE = "live.lock"  # in a run's folder: held by the process that runs it
@@ -57,11 +58,11 @@ class Request:
     allow_archived: bool = False
     yes: bool = False
 
-    def plan(self, confirm: Callable[[Toolchain], bool] = lambda _: False) -> Planned:
+    def plan(self, confirm: Callable[[Toolchain], bool] = lambda _: False, *, install: bool = True) -> Planned:
         """Resolve the checkpoint, read the data, give every step its key. Nothing is built, nothing is written.
 
-        But a toolchain that a recipe needs which was asked for is installed, where `yes` or what `confirm` returns
-        for it says so.
+        But with `install`, a toolchain that a recipe needs which was asked for is installed, where `yes` or what
+        `confirm` returns for it says so.
         """
         # lazily and by name: these are the layers above pipeline/, and only a request reaches up to them
         checkpoints = importlib.import_module("optimize.models.checkpoint")
@@ -85,8 +86,8 @@ class Request:
         classes = checkpoints.id2label(checkpoint.folder) if named else None
         read = examples.read_examples(self.data, task, classes)
         offered = defaults.recipes(checkpoint, target)
-        recipes, toolchains = self._recipes(offered), Toolchains(cache)
-        if self.recipes:
+        recipes, toolchains = self._recipes(offered), Toolchains(cache, self.cache)
+        if self.recipes and install:
             able = [recipe for recipe in recipes if recipe.why_not(checkpoint, target) is None]
             needed = {name for recipe in able for name in recipe.toolchains}
             install_missing(toolchains, sorted(needed), lambda each: self.yes or confirm(each), logger.warning)
@@ -117,7 +118,8 @@ class Request:
             known = f"recipes of this target: {', '.join(named)}"
             unknown = [text for text in self.recipes if re.fullmatch(r"[\w.-]+", text) and text not in named]
             close = [name for text in unknown for name in difflib.get_close_matches(text, named, 3)]
-            hint = f"did you mean {' or '.join(close)}?" if close else f"{error.hint or 'see optimize passes'}; {known}"
+            hint = f"did you mean {' or '.join(close)}?" if close else error.hint
+            hint = f"{hint or 'see optimize passes'}; {known}" if unknown and not close else hint
             raise RequestError(error.message, hint=hint) from None
         return asked or [recipe for recipe in offered if recipe.default]
 

@@ -14,7 +14,7 @@ from optimize.pipeline.contract import DEFAULT, Artifact
 from optimize.pipeline.errors import OptimizeError, OutputError, RequestError
 from optimize.pipeline.manifest import FILE, SCHEMA_VERSION, Manifest, Report, to_json
 from optimize.pipeline.store import digest_files
-from optimize.pipeline.toolchains import read_toolchain
+from optimize.pipeline.toolchain_files import read_toolchain
 from optimize.pipeline.trial import CELLS, TEXT, Trial
 from optimize.pipeline.usage import LOCK
 from optimize.pipeline.verdict import Candidate

@@ -68,6 +68,10 @@ class WorkerError(OptimizeError):
         self.log_tail = log_tail
 
 
+class HostError(OptimizeError):
+    """This host cannot run what was built: it has another device, or none, or lacks a library."""
+
+
 class OutputError(OptimizeError, ValueError):
     """Outputs that are wrong by themselves, or cannot be compared: type, shape, number, NaN."""
 

@@ -14,32 +14,29 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
 from optimize.pipeline.errors import ToolchainError
-from optimize.pipeline.toolchains import (
-    CPU,
-    Environment,
-    Toolchain,
-    Toolchains,
-    plain_environment,
-    probe,
-    python_in,
-    read_toolchain,
-    what_it_said,
-)  # fmt: skip
+from optimize.pipeline.toolchain_files import CPU, Toolchain, read_toolchain
+from optimize.pipeline.toolchains import Environment, Toolchains, plain_environment, probe, python_in, what_it_said
 
 PYTHONS = ("python3", "python3.14", "python3.13", "python3.12", "python3.11", "python3.10")
 LOG_TAIL = 8  # lines
+FULL = 1 << 20  # bytes that are free at most on a disk that is full
+# of pip's variables, those that say where packages come from; others would say where they go
+SOURCES = ("INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS", "NO_INDEX", "TRUSTED_HOST", "PROXY", "CERT", "CLIENT_CERT",
+           "KEYRING_PROVIDER", "CONFIG_FILE", "CACHE_DIR", "NO_CACHE_DIR", "TIMEOUT", "DEFAULT_TIMEOUT",
+           "RETRIES")  # fmt: skip
 Note = Callable[[str], None]
 
 
@@ -57,7 +54,7 @@ def install(toolchains: Toolchains, name: str, note: Note = lambda _: None) -> E
         except ToolchainError:
             toolchains.forget(name)
         _make(toolchains, toolchain, note)
-    return toolchains.find(name)
+        return toolchains.find(name)
 
 
 def install_missing(
@@ -80,9 +77,12 @@ def remove(toolchains: Toolchains, name: str) -> int:
         own = re.compile(rf"{re.escape(name)}-[0-9a-f]{{12}}\b")
         ours = [path for path in toolchains.root.iterdir() if own.match(path.name)]
         for path in ours:
-            if path.suffix in (".json", ".log"):
+            if path.suffix in (".json", ".log") and not path.is_dir():
                 path.unlink()
-        return sum(_sweep(path) for path in ours if path.is_dir())
+        freed = sum(_sweep(path) for path in ours if path.is_dir())
+        if left := [path for path in ours if path.is_dir()]:
+            raise ToolchainError(f"toolchain {name}: {left[0]} could not be removed", hint="remove it by hand")
+        return freed
 
 
 def size_of(toolchains: Toolchains, name: str) -> int:
@@ -108,12 +108,15 @@ def _make(toolchains: Toolchains, toolchain: Toolchain, note: Note) -> None:
         with log.open("wb") as output:
             _run([base, "-m", "venv", folder], output)
             _fill(toolchain, folder, output)
+        if wrong := toolchain.differs(*probe(python_in(folder))):
+            raise ValueError(f"pip came to its end, but {wrong}")
     except BaseException as error:
         _sweep(folder)
-        if isinstance(error, OSError | subprocess.SubprocessError):
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+        if isinstance(error, OSError | subprocess.SubprocessError | ValueError):
+            full = shutil.disk_usage(root).free < FULL
+            why = f"{root} is full" if full else what_it_said(error)
             raise ToolchainError(
-                f"toolchain {name} could not be installed: {what_it_said(error)}\n{tail}",
+                f"toolchain {name} could not be installed: {why}\n{_tail(log)}",
                 hint=f"the whole log is {log}; the same command tries again, or {toolchain.otherwise}",
             ) from error
         raise
@@ -203,8 +206,39 @@ def _sweep(folder: Path) -> int:
 
 
 def _run(words: Sequence[str | Path], output: Any) -> None:
-    subprocess.run(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=plain_environment(), check=True)
+    """With all that it starts, ended with us. Not in the folder that we are in: its files may have a module's name."""
+    kept = {name: value for name, value in plain_environment().items() if _harmless(name)}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=kept, cwd=folder, start_new_session=True
+        ) as process,
+    ):
+        try:
+            code = process.wait()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if code:
+        raise subprocess.CalledProcessError(code, list(map(str, words)))
+
+
+def _harmless(variable: str) -> bool:
+    return not variable.startswith("PIP_") or variable.removeprefix("PIP_") in SOURCES
+
+
+def _tail(log: Path) -> str:
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+    except OSError:
+        return ""
 
 
 def _bytes(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+    """Of all files; those that vanish meanwhile have none."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += 0 if path.is_dir() else path.lstat().st_size
+    return total

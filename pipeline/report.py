@@ -64,7 +64,7 @@ def print_report(console: Console, report: Report, out: Path) -> None:
         if code is ExitCode.NOT_ACCURATE and not any(each.status is Status.INACCURATE for each in report.candidates):
             outcome, help_ = (
                 "nothing that was built runs to its end",
-                "the reasons above; or run the same command again",
+                "the reasons above",
             )
         if code is ExitCode.NOT_FASTER and any(each.status is Status.ARCHIVED for each in report.candidates):
             outcome, help_ = "what passes is made with what is not maintained any more", "--allow-archived"

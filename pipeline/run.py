@@ -55,6 +55,7 @@ class Run:
     objective: Objective = Objective.LATENCY
     candidates: list[Candidate] = field(default_factory=list)
     artifacts: dict[str, Artifact] = field(default_factory=dict)  # of the recipes that were built, by name
+    _elsewhere: set[str] = field(default_factory=set)  # candidates that this host cannot run, and says so
     left_out: dict[str, str] = field(default_factory=dict)  # recipe -> why it was not tried
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase
     baseline: Baseline | None = None
@@ -97,7 +98,8 @@ class Run:
                 emit(self._report(winner, code), winner, self.artifacts[winner.name], self.folder, self.trial, out)
         report = self._report(winner, code)
         (self.folder / REPORT).write_text(to_json(report))
-        rejected = [each.name for each in self.candidates if each.status in (Status.INACCURATE, Status.BROKEN)]
+        wrong = [each.name for each in self.candidates if each.status in (Status.INACCURATE, Status.BROKEN)]
+        rejected = [name for name in wrong if name not in self._elsewhere]
         if rejected:
             command = f"optimize explain {shlex.quote(str(self.folder))} --candidate {shlex.quote(rejected[0])}"
             self.progress.note(f"where outputs leave the reference: {command}")
@@ -288,6 +290,9 @@ class Run:
             candidate.status = Status.BROKEN if isinstance(error, WorkerError) else Status.INACCURATE
             candidate.reason = str(error).splitlines()[0]
             self.progress.problem(candidate.name, problem_text(error))
+            if isinstance(error, WorkerError) and error.kind == "refused":
+                self._elsewhere.add(candidate.name)
+                self.progress.note(f"{candidate.name}: what was built for another host is kept: {artifact.path}")
 
     def _evaluate(self, candidate: Candidate, opened: Opened, reference: Mapping[str, list[Any]]) -> None:
         candidate.load_seconds, candidate.first_seconds = opened.load_seconds, opened.first_seconds

@@ -162,6 +162,6 @@ class Trial:
 
 
 def problem_text(error: WorkerError | ValueError) -> str:
-    """An error with the tail of its worker's log."""
-    tail = error.log_tail if isinstance(error, WorkerError) else ""
+    """An error with the tail of its worker's log, but for one in words of its own."""
+    tail = error.log_tail if isinstance(error, WorkerError) and error.kind != "refused" else ""
     return f"{error}\n{tail}".rstrip()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from optimize.pipeline.contract import DEFAULT, Kind, Meaning
 from optimize.pipeline.manifest import Report
-from optimize.pipeline.toolchains import read_toolchain
+from optimize.pipeline.toolchain_files import read_toolchain
 
 LOCK = "toolchain.lock"  # in the emitted folder of what only a toolchain opens
 

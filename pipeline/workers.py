@@ -48,6 +48,7 @@ class WorkerProcess:
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": str(self._scratch.absolute()),
+            "PYTHONSAFEPATH": "1",  # the user's folder may have files with a module's name
         }
         # compiled headers and kernels, which torch would keep in the temporary folder, serve every later build
         variables.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")

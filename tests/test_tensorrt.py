@@ -53,6 +53,8 @@ def test_an_engine_is_built_without_a_gpu_and_refused_in_words(
     (candidate,) = outcome.report["candidates"]
     assert candidate["status"] == "broken"
     assert "needs an NVIDIA GPU of compute capability 8.9, and this host has none" in candidate["reason"]
+    assert "what was built for another host is kept: " in outcome.output
+    assert "Traceback" not in outcome.output and "optimize explain" not in outcome.output
     facts = candidate["steps"][1]["facts"]
     assert facts["compute_capabilities"] == ["8.9"] and facts["engine_bytes"] > 1e6 and facts["build_seconds"] > 0
     assert [profile[1] for profile in facts["profiles"]] == [[2, 16], [1, 8], [2, 16]]

@@ -17,6 +17,7 @@ from cuda.bindings import runtime as cuda
 
 from optimize.passes._tensorrt import ENGINE, FACTS, make_logger
 from optimize.pipeline.contract import Array, Batch
+from optimize.pipeline.errors import HostError
 
 GRAPHS = 16  # shapes whose graphs are kept
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -31,7 +32,7 @@ class EngineSession:
         _check_device(facts["compute_capabilities"])
         engine = trt.Runtime(logger).deserialize_cuda_engine((path / ENGINE).read_bytes())
         if engine is None:
-            raise RuntimeError(f"TensorRT {trt.__version__} refuses the engine: {logger.tail()}")
+            raise HostError(f"TensorRT {trt.__version__} refuses the engine: {logger.tail()}")
         self._engine, self._context = engine, engine.create_execution_context()
         self._profiles: list[Any] = [tuple(map(tuple, each)) for each in facts["profiles"]]
         self.inputs = tuple(facts["inputs"])
@@ -114,17 +115,15 @@ class EngineSession:
 
 
 def _check_device(capabilities: list[str]) -> None:
-    """Raise RuntimeError where no GPU is here, or none that the engine was built for."""
+    """Raise HostError where no GPU is here, or none that the engine was built for."""
     error, count = cuda.cudaGetDeviceCount()
     if error != cuda.cudaError_t.cudaSuccess or not count:
         wanted = f" of compute capability {' or '.join(capabilities)}" if capabilities else ""
-        raise RuntimeError(f"the engine needs an NVIDIA GPU{wanted}, and this host has none ({error.name})")
+        raise HostError(f"the engine needs an NVIDIA GPU{wanted}, and this host has none ({error.name})")
     properties = _checked(cuda.cudaGetDeviceProperties(0))
     found = f"{properties.major}.{properties.minor}"
     if capabilities and found not in capabilities:
-        raise RuntimeError(
-            f"the engine is for compute capability {' or '.join(capabilities)}, and this GPU has {found}"
-        )
+        raise HostError(f"the engine is for compute capability {' or '.join(capabilities)}, and this GPU has {found}")
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:

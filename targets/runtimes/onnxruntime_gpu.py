@@ -13,6 +13,7 @@ from pathlib import Path
 import onnxruntime
 
 from optimize.passes.use_provider import NAMES, PROVIDER
+from optimize.pipeline.errors import HostError
 from optimize.targets.runtimes.onnxruntime import OnnxSession
 
 RTX = NAMES["tensorrt-rtx"]
@@ -30,16 +31,16 @@ def open_session(path: Path, task: str, cores: int) -> OnnxSession:
     else:
         session = onnxruntime.InferenceSession(path / "model.onnx", options, providers=[(provider, provided)])
     if provider not in session.get_providers():
-        raise RuntimeError(f"ONNX Runtime's {provider} did not load: the log says why, or see `nvidia-smi`")
+        raise HostError(f"ONNX Runtime's {provider} did not load: the log says why, or see `nvidia-smi`")
     return OnnxSession(session)
 
 
 def _devices() -> list[onnxruntime.OrtEpDevice]:
-    """The GPU that the plug-in takes. Raises RuntimeError where it takes none."""
+    """The GPU that the plug-in takes. Raises HostError where it takes none."""
     import onnxruntime_ep_nv_tensorrt_rtx as plugin
 
     onnxruntime.register_execution_provider_library(RTX, plugin.get_library_path())
     found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == RTX]
     if not found:
-        raise RuntimeError(f"ONNX Runtime's {RTX} takes none of this host's devices: it needs an RTX GPU")
+        raise HostError(f"ONNX Runtime's {RTX} takes none of this host's devices: it needs an RTX GPU")
     return found[:1]

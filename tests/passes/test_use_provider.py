@@ -9,6 +9,7 @@ from optimize.models.encoding import encode
 from optimize.passes.export_onnx import ExportOnnx
 from optimize.passes.use_provider import PROVIDER, UseProvider
 from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind, Target
+from optimize.pipeline.errors import HostError
 from optimize.pipeline.recipe import parse
 from optimize.targets.cpu import probe
 from optimize.targets.runtimes import open_session
@@ -45,7 +46,7 @@ def test_engines_are_built_for_every_text_and_for_each_cell(graph: Artifact, tmp
 def test_a_provider_that_does_not_load_is_no_processor_in_disguise(graph: Artifact, tmp_path: Path) -> None:
     UseProvider().run(graph, Context(TASK, probe()), tmp_path)
     assert json.loads((tmp_path / PROVIDER).read_text())["options"] == {"use_tf32": "0"}
-    with pytest.raises(RuntimeError, match="CUDAExecutionProvider did not load"):
+    with pytest.raises(HostError, match="CUDAExecutionProvider did not load"):
         open_session(Kind.ONNX_GPU, tmp_path, TASK, 1)
     (tmp_path / "model.onnx").unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.onnx was not written"):

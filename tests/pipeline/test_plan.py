@@ -217,7 +217,7 @@ def test_calibrated_passes_run_where_there_is_calibration_data(
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["cast-dtype{dtype=float16}"], "no recipe can run here (cast-dtype{dtype=float16}: cast-dtype: Example 9000"),
+        (["cast-dtype{dtype=float16}"], "no recipe can run here (cast-dtype{dtype=float16}: Example 9000"),
         ([], "there are no recipes"),
         (["export-onnx", "export-onnx{opset=20}"], "two recipes are the same"),
         (["checkpoint", "checkpoint"], "two recipes are the same"),
