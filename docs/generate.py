@@ -35,12 +35,13 @@ What has no line above is not in this version. What is, but was never run, or on
 
 | what | state |
 |---|---|
-| targets `gpu` and `multi-gpu` | a later version: no pass, runtime or measurement for them yet |
+| target `gpu` | text encoders: built, judged, timed on an H100, but no folder emitted; language models: not run |
+| target `multi-gpu` | a later version |
 | vLLM | not in this version |
 | TensorRT-LLM | `build-tensorrt-llm` is written after its source; only run against a stand-in for it |
 | TensorRT | `build-tensorrt` and its runtime are written; TensorRT's own libraries were not there to run them |
 | TensorRT for RTX | engines are built here; none was run, for want of an RTX GPU, nor inspected, for want of a driver |
-| ONNX Runtime's TensorRT providers | `use-provider` is written; neither TensorRT nor an RTX GPU was there to run them |
+| ONNX Runtime's GPU providers | `use-provider` is written; none was run on a GPU yet |
 | workers on Python 3.10 | types are checked as 3.10 has them; run on 3.11 and 3.12 alone |
 | OpenVINO Model Server | not run here: a language model in OpenVINO is run by openvino-genai |
 | Ollama | written after its documentation and source of August 2026; only run against a stand-in, never a real Ollama |

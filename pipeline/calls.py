@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -20,12 +21,33 @@ class Call:
         self.warm = self.tell = self.run  # untimed: with a few tokens; with what else is known of each token
         self.prompts: list[Any] = []
 
+    def timed(self) -> tuple[float, ...]:
+        """Seconds of one call: all of it, then its parts."""
+        start = time.perf_counter()
+        outputs = self.run()
+        total = time.perf_counter() - start
+        return (total, *self.phases(outputs))
+
     def phases(self, outputs: Any) -> tuple[float, ...]:
         """Seconds of parts of a call, from what it returned."""
         return ()
 
     def renew(self) -> None:
         """Before each call, untimed: that a runtime has been asked the same before must not help it."""
+
+
+class DeviceCall(Call):
+    """Of a session that computes on a GPU: its inputs lie there before it is timed, its outputs stay there, and its
+    seconds lie between two events of the device.
+    """
+
+    def __init__(self, session: Any, batch: Mapping[str, Any]) -> None:
+        self.batch, self.prompts = batch, []
+        self.run = self.warm = self.tell = session.prepare(batch)
+        self._seconds = session.seconds
+
+    def timed(self) -> tuple[float, ...]:
+        return (self._seconds(self.run),)
 
 
 class GenerationCall(Call):
@@ -54,4 +76,5 @@ def call_of(session: Any, batch: Mapping[str, Any]) -> Call:
     """The call that a batch stands for; arrays that are no inputs of the session are left out."""
     if NEW in batch:
         return GenerationCall(session, batch)
-    return Call(session, {name: batch[name] for name in session.inputs if name in batch})
+    taken = {name: batch[name] for name in session.inputs if name in batch}
+    return DeviceCall(session, taken) if hasattr(session, "prepare") else Call(session, taken)

@@ -35,7 +35,7 @@ def main_group() -> None:
 
 @main_group.command("compile")
 @click.argument("model")
-@click.option("--target", help="Where the artifact will run: cpu. [default: what is there]")
+@click.option("--target", help="Where the artifact will run: cpu, gpu. [default: cpu]")
 @click.option("--task", help="What the checkpoint is for. [default: inferred from it]")
 @click.option("--data", metavar="FILE", help="Your own text, labelled or not: .jsonl, .csv, .parquet, or NAME:SPLIT.")
 @click.option("--out", type=click.Path(path_type=Path), help="The emitted folder. [default: ./MODEL-TARGET]")
@@ -190,7 +190,11 @@ def targets() -> int:
 
     table = terminal.table("target", "device", "cores", "memory", "dtypes", "features")
     for name in target_names():
-        target, _ = find_target(name)
+        try:
+            target, _ = find_target(name)
+        except RequestError as error:
+            table.add_row(name, f"not here: {error.message}", "", "", "", "")
+            continue
         memory = f"{target.memory / 2**30:.0f} GiB"
         table.add_row(
             name, target.device, str(target.cores), memory, ", ".join(target.dtypes), ", ".join(target.features)

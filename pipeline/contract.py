@@ -46,6 +46,7 @@ class Kind(Word):
     IPEX = "ipex"  # the same with operations of intel-extension-for-pytorch
     TENSORRT = "tensorrt"  # model.engine, and what its builder says of it
     TENSORRT_RTX = "tensorrt-rtx"  # the same, compiled to the end by the driver of the GPU that runs it
+    CUDA_GRAPHS = "cuda-graphs"  # a checkpoint, and graphs.json: the shapes that it is captured at where it is opened
     TENSORRT_LLM = "tensorrt-llm"  # engines, or a quantized checkpoint; and what runs it must know
 
     @property
@@ -134,12 +135,20 @@ class Target:
     """Where the artifact will run. Probed facts, not wishes."""
 
     name: str  # "cpu"
-    device: str  # the processor's own name
-    arch: str  # "x86_64", "aarch64"
+    device: str  # the processor's own name; of a GPU target, the GPU's
+    arch: str  # "x86_64", "aarch64"; of a GPU, its compute capability: "9.0"
     features: tuple[str, ...]  # the instruction sets that change what compilers emit
     dtypes: tuple[str, ...]  # dtypes with arithmetic of their own on this device
     cores: int  # that this process may use
-    memory: int  # bytes that this process may use
+    memory: int  # bytes that this process may use, on the host
+    gpus: int = 0  # that the artifact runs on; none is the processor
+    gpu_memory: int = 0  # bytes of each
+    driver: str = ""  # of the GPUs
+
+    @property
+    def device_type(self) -> str:
+        """Where sessions compute, in torch's spelling."""
+        return "cuda" if self.gpus else "cpu"
 
 
 @dataclass(frozen=True)

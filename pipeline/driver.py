@@ -199,7 +199,7 @@ def target_names() -> tuple[str, ...]:
 
 
 def find_target(name: str | None) -> tuple[Target, TargetModule]:
-    """Probe the named target; without a name, the only one that this version has for this host."""
+    """Probe the named target; without a name, the processor. Raises RequestError where this host is none."""
     names = target_names()
     wanted = name or "cpu"
     if wanted not in names:

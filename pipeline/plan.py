@@ -99,8 +99,7 @@ class Plan:
         lines = [
             f"checkpoint  {checkpoint.name}{revision} ({checkpoint.architecture}, {checkpoint.task}, "
             f"{checkpoint.parameters / 1e6:.1f} M parameters, {checkpoint.dtype})",
-            f"target      {self.target.name}: {self.target.device}, {self.target.cores} cores, "
-            f"{self.target.memory / 2**30:.0f} GiB; {', '.join(self.target.features) or 'no vector extensions known'}",
+            f"target      {self.target.name}: {self.target.device}, {_what_it_has(self.target)}",
             f"workload    {', '.join(map(str, self.workload))} (batch x {'prompt+new' if generates else 'tokens'}), "
             f"timed for about {self.budget:.0f} s, longer on a slow host",
             f"evaluation  {self.evaluation}",
@@ -353,3 +352,12 @@ def _reason(
 
 def _sha256(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def _what_it_has(target: Target) -> str:
+    """Of the plan's line about the target."""
+    host = f"{target.cores} cores, {target.memory / 2**30:.0f} GiB"
+    if target.gpus:
+        memory = f"{target.gpu_memory / 2**30:.0f} GiB, compute capability {target.arch}, driver {target.driver}"
+        return f"{memory}; {host} on its host"
+    return f"{host}; {', '.join(target.features) or 'no vector extensions known'}"

@@ -14,7 +14,7 @@ from typing import Any
 from optimize.pipeline.contract import Target, Word
 from optimize.pipeline.versions import installed_version
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}
 EXPLAINED = 0.5  # share of the time that arithmetic or memory must account for, to be what limits it
 
 

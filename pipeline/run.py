@@ -112,7 +112,7 @@ class Run:
         return Trial(
             self.folder, self.folder, plan.checkpoint.task, plan.target.cores, plan.workload, plan.gates,
             texts.pooling, texts.meaning, texts.labelling, plan.checkpoint.folder, plan.environments,
-            self.progress.tick,
+            plan.target.device_type, self.progress.tick,
         )  # fmt: skip
 
     @property

@@ -52,6 +52,7 @@ class Trial:
     labelling: Labelling | None
     tokenizer: Path  # the folder of the checkpoint, or of what carries its files along
     environments: Mapping[str, Environment]  # by toolchain
+    device: str = "cpu"  # where sessions compute
     tick: Callable[[], None] = lambda: None
 
     @classmethod
@@ -69,6 +70,7 @@ class Trial:
         return cls(
             inputs, scratch, report.checkpoint.task, cores, report.workload, report.gates,
             evaluation.pooling, evaluation.meaning, evaluation.labelling, tokenizer, environments,
+            report.host.target.device_type,
         )  # fmt: skip
 
     def open(self, name: str, kind: Kind, path: Path) -> Opened:
@@ -78,6 +80,7 @@ class Trial:
             took = worker.ask(
                 "open", limit=STEP_LIMIT, progress=self.tick, kind=kind, path=str(path), task=self.task,
                 cores=self.cores, cells=str(self.inputs / f"{CELLS}.npz"), tokenizer=str(self.tokenizer),
+                device=self.device,
             )  # fmt: skip
         except BaseException:
             worker.close()

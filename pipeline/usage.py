@@ -97,14 +97,34 @@ options = onnxruntime.SessionOptions()
 options.add_provider_for_devices(devices[:1], chosen["options"])
 session = onnxruntime.InferenceSession("model.onnx", options)
 """
+GRAPHED = """import json
+import torch
+from transformers import {auto_class}
+
+settings = json.load(open("graphs.json"))
+torch._inductor.config.freezing = True
+model = {auto_class}.from_pretrained(".", dtype="auto").eval().cuda()
+call = torch.compile(model, dynamic=False, fullgraph=True) if settings["compile"] else model
+inputs = {{name: inputs[name].cuda() for name in settings["inputs"]}}
+with torch.inference_mode():
+    for _ in range(3):
+        call(**inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # of this shape: copy what else has it into these inputs, and replay
+        outputs = call(**inputs)
+graph.replay()
+"""
 ENGINE_MODULES = {Kind.TENSORRT: "tensorrt", Kind.TENSORRT_RTX: "tensorrt_rtx_bindings"}
 for engines, module in ENGINE_MODULES.items():
     RUN[engines] = ENGINE.replace("MODULE", module)
 RUN[Kind.ONNX_GPU] = PROVIDED
+RUN[Kind.CUDA_GRAPHS] = GRAPHED
 RUN[Kind.IPEX] = "import intel_extension_for_pytorch\n" + RUN[Kind.TORCHSCRIPT]
+TENSORS = (Kind.CHECKPOINT, Kind.AOTI, Kind.TORCHSCRIPT, Kind.IPEX, Kind.CUDA_GRAPHS)  # fed with those of torch
 IMPORTS = {
     Kind.CHECKPOINT: ("torch",),
     Kind.AOTI: ("torch",),
+    Kind.CUDA_GRAPHS: ("torch",),
     Kind.TORCHSCRIPT: ("torch",),
     Kind.ONNX: ("onnxruntime",),
     Kind.OPENVINO: ("openvino", "openvino-genai"),
@@ -218,7 +238,7 @@ def usage(report: Report, kind: Kind, recipe: str) -> str:
         prepare = (PACK if "quantize-torchao{mode=int4}" in recipe else "") + (COMPILE if compiles else "")
         options = ", compile_config=compiling" if compiles else ""
         return GENERATES.get(kind) or GENERATE.format(prepare=prepare, options=options)
-    tensors = "pt" if kind in (Kind.CHECKPOINT, Kind.AOTI, Kind.TORCHSCRIPT, Kind.IPEX) else "np"
+    tensors = "pt" if kind in TENSORS else "np"
     auto_class = TASKS[report.checkpoint.task].auto_class
     opened = PLUGGED_IN if "provider=tensorrt-rtx" in recipe else BUILT_IN
     run = RUN[kind].format(auto_class=auto_class, torch=report.host.packages.get("torch"), open=opened)

@@ -105,7 +105,9 @@ class Worker:
         instance.ensures(Path(out))
         return {"seconds": time.perf_counter() - start, "peak_memory": peak_memory(), "facts": facts}
 
-    def open(self, kind: str, path: str, task: str, cores: int, cells: str, tokenizer: str) -> dict[str, float]:
+    def open(
+        self, kind: str, path: str, task: str, cores: int, cells: str, tokenizer: str, device: str = "cpu"
+    ) -> dict[str, float]:
         """Open an artifact and run every cell once: seconds of opening and of the first call, most bytes resident."""
         from optimize.pipeline.batches import load_batches
         from optimize.targets.runtimes import open_session
@@ -113,7 +115,7 @@ class Worker:
         batches = [batch for batch in load_batches(Path(cells)) if UNTIMED not in batch]
         reset_peak_memory()
         start = time.perf_counter()
-        self._session = open_session(Kind(kind), Path(path), task, cores, Path(tokenizer))
+        self._session = open_session(Kind(kind), Path(path), task, cores, Path(tokenizer), device)
         loaded = time.perf_counter()
         self._cells = [call_of(self._session, batch) for batch in batches]
         self._cells[0].run()
@@ -177,13 +179,14 @@ class Worker:
         begun = time.perf_counter()
         while batch <= MAX_BATCH and idle < 2 and seconds < longest and time.perf_counter() - begun < within:
             rows = {name: np.resize(array, (batch, array.shape[1])) for name, array in cell.items() if array.ndim == 2}
-            call = call_of(self._session, {**cell, **rows})
+            try:
+                call = call_of(self._session, {**cell, **rows})
+            except ValueError:  # more than it was captured for
+                break
             calls = []
             for _ in range(3):  # the first warms up
                 call.renew()
-                start = time.perf_counter()
-                call.run()
-                calls.append(time.perf_counter() - start)
+                calls.append(call.timed()[0])
             seconds = min(calls[1:])
             rate = batch * tokens / seconds
             idle = idle + 1 if rate < best["tokens_per_second"] * GAIN else 0
@@ -255,11 +258,7 @@ class Worker:
             end = clock() + seconds
             while len(samples) < least or clock() < end:
                 call.renew()
-                start = clock()
-                outputs = call.run()
-                total = clock() - start
-                samples.append((total, *call.phases(outputs)))
-                del outputs
+                samples.append(call.timed())
         finally:
             gc.enable()
         return [list(phase) for phase in zip(*samples, strict=True)]

@@ -10,13 +10,14 @@ import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from optimize.pipeline.contract import Array, Batch, Kind, Layers, Session
 
 TEXTUAL = (Kind.OLLAMA,)
+PLACED = (Kind.CHECKPOINT,)  # kinds that run on either device; others say where by what they are
 RUNTIMES = {
     Kind.CHECKPOINT: "eager",
     Kind.AOTI: "aoti",
@@ -31,6 +32,7 @@ RUNTIMES = {
     Kind.TENSORRT: "tensorrt",
     Kind.TENSORRT_RTX: "tensorrt_rtx",
     Kind.TENSORRT_LLM: "tensorrt_llm",
+    Kind.CUDA_GRAPHS: "cuda_graphs",
 }
 
 
@@ -45,9 +47,14 @@ def weights_key(weights: Array) -> str:
     return f"{weights.size} {np.linalg.norm(weights.astype(np.float64)):.6e}"
 
 
-def open_session(kind: Kind, path: Path, task: str, cores: int, tokenizer: Path | None = None) -> Session:
-    """Open an artifact folder with the runtime of its kind, on `cores` threads. An emitted one has its tokenizer."""
+def open_session(
+    kind: Kind, path: Path, task: str, cores: int, tokenizer: Path | None = None, device: str = "cpu"
+) -> Session:
+    """Open an artifact folder with the runtime of its kind, on `cores` threads and that device (torch's spelling). An
+    emitted one has its tokenizer.
+    """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read once, by what is imported next: see pipeline/workers.py
     module = importlib.import_module(f"optimize.targets.runtimes.{RUNTIMES[kind]}")
-    options = {"tokenizer": tokenizer or path} if kind in TEXTUAL else {}
+    options: dict[str, Any] = {"tokenizer": tokenizer or path} if kind in TEXTUAL else {}
+    options |= {"device": device} if kind in PLACED else {}
     return cast(Session, module.open_session(path, task, cores, **options))

@@ -31,13 +31,14 @@ FRAMES = 3  # modules that are shown of an overflow: the one that overflows, and
 class EagerSession:
     """A model as `from_pretrained` gives it, under inference mode."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, device: str = "cpu") -> None:
+        self.model = model.to(device) if device != "cpu" else model
+        self.device = device
         self.inputs = tuple(inspect.signature(model.forward).parameters)
 
     def run(self, batch: Batch) -> dict[str, Array]:
         with torch.inference_mode():
-            outputs = self.model(**{name: torch.from_numpy(array) for name, array in batch.items()})
+            outputs = self.model(**{name: torch.from_numpy(array).to(self.device) for name, array in batch.items()})
         return {name: to_numpy(value) for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
     def work(self, batch: Batch) -> dict[str, int]:
@@ -60,10 +61,11 @@ class EagerGenerator(EagerSession):
 
     def logits(self, tokens: Array, keep: int) -> Array:
         with torch.inference_mode():
-            return to_numpy(self.model(torch.from_numpy(tokens)[None], logits_to_keep=keep, use_cache=False).logits[0])
+            ids = torch.from_numpy(tokens)[None].to(self.device)
+            return to_numpy(self.model(ids, logits_to_keep=keep, use_cache=False).logits[0])
 
     def prefill(self, prompts: Sequence[Array], room: int) -> Array:
-        ids, self._mask = padded(prompts)
+        ids, self._mask = (each.to(self.device) for each in padded(prompts))
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
         with torch.inference_mode():
             outputs = self.model(ids, attention_mask=self._mask, position_ids=positions, use_cache=True)
@@ -72,9 +74,10 @@ class EagerGenerator(EagerSession):
 
     def step(self, tokens: Array) -> Array:
         self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        ids = torch.from_numpy(tokens)[:, None].to(self.device)
         with torch.inference_mode():
             outputs = self.model(
-                torch.from_numpy(tokens)[:, None], attention_mask=self._mask, past_key_values=self._cache,
+                ids, attention_mask=self._mask, past_key_values=self._cache,
                 position_ids=self._mask.sum(-1, keepdim=True) - 1, use_cache=True,
             )  # fmt: skip
         self._cache = outputs.past_key_values
@@ -86,13 +89,13 @@ class EagerGenerator(EagerSession):
 
     def generate(self, prompts: Sequence[Array], new: int) -> Generation:
         clock = _Clock()
-        ids, mask = padded(prompts)
+        ids, mask = (each.to(self.device) for each in padded(prompts))
         with torch.inference_mode():
             tokens = self.model.generate(
                 ids, attention_mask=mask, max_new_tokens=new, do_sample=False, stopping_criteria=[clock],
                 **self.generation_options(ids.shape[1] + new),
             )  # fmt: skip
-        return Generation(tokens[:, ids.shape[1] :].numpy(), tuple(clock.seconds))
+        return Generation(tokens[:, ids.shape[1] :].cpu().numpy(), tuple(clock.seconds))
 
     def work(self, batch: Batch) -> dict[str, int]:
         """Of one step after the prompt, for each of its rows: see roofline.Work."""
@@ -118,8 +121,10 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
         self.seconds: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._start)
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def padded(prompts: Sequence[Array]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,9 +138,13 @@ def padded(prompts: Sequence[Array]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def open_session(path: Path, task: str, cores: int) -> EagerSession:
+def open_session(path: Path, task: str, cores: int, device: str = "cpu") -> EagerSession:
     torch.set_num_threads(cores)
     model = load_model(path, task)
+    if device != "cpu" and not TASKS[task].generates:
+        from optimize.targets.runtimes.cuda import CudaSession
+
+        return CudaSession(model, device)
     if is_quantized(path):
         pack_int4(model)
     if not TASKS[task].generates:
@@ -146,7 +155,7 @@ def open_session(path: Path, task: str, cores: int) -> EagerSession:
         from optimize.targets.runtimes.compiled import CompiledGenerator
 
         return CompiledGenerator(model, path)
-    return EagerGenerator(model)
+    return EagerGenerator(model, device)
 
 
 def layers(path: Path, task: str, batches: Sequence[Batch]) -> Layers:

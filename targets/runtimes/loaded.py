@@ -38,7 +38,8 @@ class LoadedModel:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.generation_config = None
-        self._session = open_session(manifest.kind, folder, checkpoint.task, manifest.report.host.target.cores)
+        target = manifest.report.host.target
+        self._session = open_session(manifest.kind, folder, checkpoint.task, target.cores, None, target.device_type)
         self._output_class = getattr(modeling_outputs, TASKS[checkpoint.task].output_class)
         self._longest = max_length(folder, read_config(folder))
         self._sizes = {

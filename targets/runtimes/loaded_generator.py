@@ -39,7 +39,10 @@ class LoadedGenerator(transformers.PreTrainedModel, transformers.GenerationMixin
         )
         self.generation_config.use_cache = False  # of transformers: the runtime has its own
         self.generation_config.cache_implementation = None
-        self._session: Any = open_session(manifest.kind, folder, checkpoint.task, manifest.report.host.target.cores)
+        target = manifest.report.host.target
+        self._session: Any = open_session(
+            manifest.kind, folder, checkpoint.task, target.cores, None, target.device_type
+        )
         self._seen: torch.Tensor | None = None  # what the runtime has read, [batch, sequence]
         self._mask: torch.Tensor | None = None  # of its prompts
         self._room = 0

@@ -20,6 +20,7 @@ from optimize.pipeline.manifest import (
     Evaluation,
     Manifest,
     Report,
+    ToolchainFacts,
     host_of,
     read_manifest,
     schema,
@@ -29,6 +30,7 @@ from optimize.pipeline.manifest import (
 from optimize.pipeline.measure import CellSpeed, Speed
 from optimize.pipeline.metrics import Metric
 from optimize.pipeline.statistics import Interval
+from optimize.pipeline.usage import install, usage
 from optimize.pipeline.verdict import Candidate, Status, StepReport
 
 LABELLING = Labelling(LabelKind.CLASS, (0, 1, 1), {0: "bad", 1: "good"})
@@ -232,3 +234,21 @@ def test_a_report_names_what_it_ran_with(manifest: Manifest) -> None:
     assert packages["optimize"]
     assert packages.keys() >= {"torch", "transformers", "numpy"}
     assert None not in packages.values()
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_every_kind_has_lines_that_run_it_and_a_command_that_installs_it(manifest: Manifest, kind: Kind) -> None:
+    generates = kind in (Kind.GGUF, Kind.OLLAMA, Kind.GENAI, Kind.TENSORRT_LLM)
+    task = "text-generation" if generates else "feature-extraction"
+    apart = {kind.toolchain: ToolchainFacts("3.12.1", "d" * 64, True, {"tensorrt": "10.1", "tensorrt-llm": "1.2.1"})}
+    host = dataclasses.replace(manifest.report.host, toolchains=apart)
+    source = dataclasses.replace(manifest.report.checkpoint, task=task)
+    report = dataclasses.replace(manifest.report, checkpoint=source, host=host)
+    for recipe in ("export-onnx,use-provider{provider=tensorrt-rtx}", "export-onnx"):
+        lines = usage(report, kind, recipe)
+        compile(lines, "card", "exec")
+        assert "{" not in lines.replace("{}", "") or "{{" not in lines
+    command = install(report, kind, "export-onnx")
+    assert command.startswith("pip install ")
+    if kind in (Kind.TENSORRT, Kind.TENSORRT_LLM):
+        assert f"{kind}==1" in command  # no registry has it: in the version that it was proved with

@@ -1,0 +1,102 @@
+"""An encoder captured into CUDA graphs, one for each shape that is listed, compiled by inductor before or as it is.
+
+A graph's inputs and outputs lie in fixed buffers: inputs are copied in, and outputs out, at each call. Inductor's
+freezing makes constants of the weights, so that products of one input become one product.
+Source: https://docs.pytorch.org/docs/stable/notes/cuda.html (CUDA graphs), torch._inductor.config (freezing)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optimize.models.encoding import BATCH_SIZES
+from optimize.pipeline.contract import Array, Batch, Cell
+
+GRAPHS, CACHE = "graphs.json", "compile.cache"
+LONGEST = 512  # tokens of the widest shape, if no cell is longer: those of evaluation text
+WARM = 3  # calls before capture, which set up what a capture may not
+Shape = tuple[int, int]  # batch, sequence
+
+
+def shapes_of(workload: Sequence[Cell], longest: int) -> list[Shape]:
+    """Each cell's, and one that takes every batch of text: of a model that takes `longest` tokens."""
+    cells = [(cell.batch, cell.sequence) for cell in workload]
+    return list(dict.fromkeys([*cells, (max(BATCH_SIZES), min(LONGEST, longest))]))
+
+
+def fitting(shapes: Iterable[Shape], batch: int, sequence: int) -> Shape | None:
+    """The smallest that takes such a batch, or None."""
+    found = [shape for shape in shapes if shape[0] >= batch and shape[1] >= sequence]
+    return min(found, key=lambda shape: shape[0] * shape[1], default=None)
+
+
+def widened(batch: Batch, shape: Shape, fill: int) -> dict[str, Array]:
+    """A batch of [rows, tokens] padded to a shape: tokens that are masked, and rows that nobody looks at."""
+    found = {}
+    for name, array in batch.items():
+        wide = np.full(shape, fill if name == "input_ids" else 0, dtype=np.int64)
+        if name == "attention_mask":
+            wide[len(array) :] = 1  # no row without any: its attention would not be a number
+        wide[: array.shape[0], : array.shape[1]] = array
+        found[name] = wide
+    return found
+
+
+class Captured:
+    """A model on the GPU with its graphs."""
+
+    def __init__(self, path: Path, model: Any) -> None:
+        import torch
+
+        settings = json.loads((path / GRAPHS).read_text())
+        self.inputs: tuple[str, ...] = tuple(settings["inputs"])
+        self.fill: int = settings["fill"]
+        self._model = model.to("cuda")
+        if (path / CACHE).is_file():
+            torch.compiler.load_cache_artifacts((path / CACHE).read_bytes())
+        call = self._compiled(settings["autotune"]) if settings["compile"] else self._model
+        self._graphs = {tuple(shape): self._capture(call, tuple(shape)) for shape in settings["shapes"]}
+
+    def graph(self, batch: int, sequence: int) -> tuple[Shape, Any, dict[str, Any], dict[str, Any]]:
+        """The shape that takes such a batch, its graph, and its buffers for inputs and outputs.
+
+        Raises ValueError where none does.
+        """
+        shape = fitting(self._graphs, batch, sequence)
+        if shape is None:
+            listed = ", ".join(f"{rows}x{tokens}" for rows, tokens in self._graphs)
+            raise ValueError(f"a batch of {batch}x{sequence} fits none of the shapes that were captured: {listed}")
+        return shape, *self._graphs[shape]
+
+    def _compiled(self, autotune: bool) -> Any:
+        import torch
+        from torch._dynamo import config as dynamo
+        from torch._inductor import config as inductor
+
+        dynamo.recompile_limit = 64
+        inductor.freezing = True
+        inductor.max_autotune = autotune
+        return torch.compile(self._model, dynamic=False, fullgraph=True)
+
+    def _capture(self, call: Any, shape: Shape) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        import torch
+
+        ones = {name: int(name == "attention_mask") for name in self.inputs}
+        buffers = {name: torch.full(shape, value, dtype=torch.int64, device="cuda") for name, value in ones.items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.inference_mode(), torch.cuda.stream(side):
+            for _ in range(WARM):
+                call(**buffers)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(graph):
+            outputs = call(**buffers)
+        tensors = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+        return graph, buffers, tensors

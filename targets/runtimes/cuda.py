@@ -1,0 +1,46 @@
+"""An eager encoder on a GPU, and how calls there are timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from optimize.pipeline.contract import Batch
+from optimize.targets.runtimes.eager import EagerSession
+
+
+class CudaSession(EagerSession):
+    """As EagerSession, with float32 in full: TF32 is off."""
+
+    def __init__(self, model: Any, device: str) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        super().__init__(model, device)
+
+    def prepare(self, batch: Batch) -> Callable[[], Any]:
+        """A call of that batch, whose inputs lie on the device and whose outputs stay there."""
+        inputs = {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
+
+        def call() -> Any:
+            with torch.inference_mode():
+                return self.model(**inputs)
+
+        return call
+
+    @staticmethod
+    def seconds(call: Callable[[], Any]) -> float:
+        """Of one call, by events of the device: from when it is begun to when its work there is done."""
+        return seconds(call)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Of one call on the current device, by its events."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    outputs = call()
+    end.record()
+    end.synchronize()
+    del outputs
+    return float(start.elapsed_time(end)) / 1e3

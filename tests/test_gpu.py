@@ -1,0 +1,143 @@
+"""The GPU target: what can be said of it without one, and with `-m gpu` what one does."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pynvml
+import pytest
+import torch
+
+from optimize.models.encoding import encode
+from optimize.passes._cuda_graphs import fitting, shapes_of, widened
+from optimize.passes.compile_cuda import CompileCuda
+from optimize.pipeline.calls import call_of
+from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind, Target
+from optimize.pipeline.errors import ExitCode, RequestError
+from optimize.pipeline.plan import make_plan
+from optimize.targets import cpu, gpu
+from optimize.targets.runtimes import open_session
+from tests.conftest import QUICK, Cli
+
+TASK = "feature-extraction"
+TEXTS = ("Yes.", "A text of some more words than that.", "One, two, three, four, five, six, seven.")
+DTYPES = ("float32", "float16", "bfloat16")
+H100 = Target("gpu", "NVIDIA H100", "9.0", (), DTYPES, 16, 128 << 30, 1, 80 << 30, "580.159.04")
+HERE = torch.cuda.is_available()
+
+
+@pytest.mark.skipif(HERE, reason="here is a GPU")
+def test_it_is_refused_where_no_gpu_is(tiny: Path, cli: Cli) -> None:
+    outcome = cli(tiny, "--target", "gpu")
+    assert outcome.code == ExitCode.REFUSED
+    assert "this host has no NVIDIA GPU" in outcome.output and "--target cpu" in outcome.output
+    assert "not here: this host has no NVIDIA GPU" in cli("targets").output
+
+
+@pytest.mark.parametrize(
+    ("capability", "has", "lacks"),
+    [((9, 0), {"float8_e4m3fn", "bfloat16"}, set()), ((7, 5), {"float16", "int8"}, {"bfloat16", "float8_e4m3fn"})],
+)
+def test_what_a_gpu_has_is_what_its_driver_says(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], has: set[str], lacks: set[str]
+) -> None:
+    answers: dict[str, Any] = {
+        "nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetHandleByIndex": "handle",
+        "nvmlDeviceGetCudaComputeCapability": capability, "nvmlDeviceGetName": "NVIDIA Example",
+        "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=24 << 30), "nvmlSystemGetDriverVersion": "580.1",
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, lambda *_, answer=answer: answer)
+    target = gpu.probe()
+    assert (target.device, target.gpus, target.gpu_memory, target.driver) == ("NVIDIA Example", 1, 24 << 30, "580.1")
+    assert target.arch == f"{capability[0]}.{capability[1]}" and target.device_type == "cuda"
+    assert has <= set(target.dtypes) and not lacks & set(target.dtypes)
+    assert cpu.probe().device_type == "cpu"
+
+
+def test_the_plan_names_the_gpu_and_what_cannot_run_on_it(tmp_path: Path) -> None:
+    checkpoint = Checkpoint("tiny", tmp_path, None, TASK, "BertModel", "float32", 1000, 4000, 256, {"config.json": "c"})
+    able = [each for each in gpu.recipes(checkpoint, H100) if not each.toolchains]
+    text = make_plan(checkpoint, H100, able, workload="1x32").describe()
+    assert "gpu: NVIDIA H100, 80 GiB, compute capability 9.0, driver 580.159.04; 16 cores, 128 GiB on its host" in text
+    assert "compiled-fp16" in text
+    turing = replace(H100, dtypes=("float32", "float16"))
+    left_out = {each.name for each in gpu.recipes(checkpoint, turing) if each.why_not(checkpoint, turing)}
+    assert left_out == {"eager-bf16", "compiled-bf16"}
+    assert "one forward pass" in str(CompileCuda().requires(replace(checkpoint, task="text-generation"), H100))
+    with pytest.raises(RequestError, match="it is for NVIDIA GPUs, and here is none"):
+        make_plan(checkpoint, cpu.probe(), [each for each in able if "compiled" in each.name], workload="1x32")
+
+
+def test_every_text_has_a_shape_and_the_smallest_is_taken() -> None:
+    shapes = shapes_of([Cell(1, 32), Cell(32, 128), Cell(1, 32)], 512)
+    assert shapes == [(1, 32), (32, 128), (8, 512)]
+    assert fitting(shapes, 1, 20) == (1, 32)
+    assert fitting(shapes, 2, 20) == (32, 128)
+    assert fitting(shapes, 8, 500) == (8, 512)
+    assert fitting(shapes, 9, 500) is None
+    assert shapes_of([Cell(1, 32)], 64)[-1] == (8, 64)
+
+
+def test_a_batch_is_padded_with_what_is_masked() -> None:
+    batch = {"input_ids": np.array([[5, 6, 7]]), "attention_mask": np.ones((1, 3), np.int64)}
+    wide = widened(batch, (2, 4), fill=9)
+    assert wide["input_ids"].tolist() == [[5, 6, 7, 9], [9, 9, 9, 9]]
+    assert wide["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]  # a row without any would be NaN
+
+
+def test_what_a_device_times_is_its_own() -> None:
+    class Session:
+        inputs = ("input_ids",)
+
+        def prepare(self, batch: Any) -> Any:
+            return lambda: {"answer": batch["input_ids"] + 1}
+
+        def seconds(self, call: Any) -> float:
+            call()
+            return 0.25
+
+    call = call_of(Session(), {"input_ids": np.array([[1]]), "other": np.array([[2]])})
+    assert call.timed() == (0.25,)
+    assert call.run()["answer"].tolist() == [[2]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HERE, reason="here is no GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_captured_answers_as_eager_does_at_every_shape(tiny: Path, tmp_path: Path, compiled: bool) -> None:
+    step, out = CompileCuda(compile=compiled), tmp_path / "out"
+    out.mkdir()
+    context = Context(TASK, H100, None, (Cell(1, 8), Cell(4, 16)))
+    facts = step.run(Artifact(Kind.CHECKPOINT, tiny, "", ""), context, out)
+    step.ensures(out)
+    assert facts["shapes"][:2] == [(1, 8), (4, 16)]
+    eager = open_session(Kind.CHECKPOINT, tiny, TASK, 1, device="cuda")
+    captured = open_session(Kind.CUDA_GRAPHS, out, TASK, 1)
+    for rows in ([TEXTS[0]], list(TEXTS), [TEXTS[2] * 3] * 7):
+        batch = encode(tiny, [{"text": text} for text in rows], 64, (len(rows),))[0]
+        expected, found = eager.run(batch), captured.run(batch)
+        valid = batch["attention_mask"] != 0
+        np.testing.assert_allclose(found["last_hidden_state"][valid], expected["last_hidden_state"][valid], atol=1e-3)
+        assert found["last_hidden_state"].shape == expected["last_hidden_state"].shape
+    first = captured.run(batch)["last_hidden_state"]
+    kept = first.copy()
+    captured.run(encode(tiny, [{"text": "Something else."}], 64, (1,))[0])
+    np.testing.assert_array_equal(first, kept)
+    assert call_of(captured, batch).timed()[0] > 0
+    wide = {name: np.repeat(array, 9, axis=0) for name, array in batch.items()}
+    with pytest.raises(ValueError, match="fits none of the shapes"):
+        captured.run(wide)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HERE, reason="here is no GPU")
+def test_a_checkpoint_is_lowered_judged_and_emitted_on_a_gpu(tiny: Path, cli: Cli, tmp_path: Path) -> None:
+    asked = ("--recipe", "graphs-fp16", "--recipe", "compiled-fp16", *QUICK)
+    outcome = cli(tiny, "--target", "gpu", *asked, "--out", tmp_path / "emitted")
+    assert outcome.code == 0, outcome.output
+    manifest = json.loads((tmp_path / "emitted" / "optimize.json").read_text())
+    assert manifest["kind"] == "cuda-graphs" and manifest["report"]["host"]["target"]["gpus"] == 1
