@@ -1,8 +1,7 @@
 """An encoder captured into CUDA graphs, one for each shape that is listed, compiled by inductor before or as it is.
 
-A graph's inputs and outputs lie in fixed buffers: inputs are copied in, and outputs out, at each call. Inductor's
-freezing makes constants of the weights, so that products of one input become one product.
-Source: https://docs.pytorch.org/docs/stable/notes/cuda.html (CUDA graphs), torch._inductor.config (freezing)
+A graph's inputs and outputs lie in fixed buffers: inputs are copied in, and outputs out, at each call.
+Source: https://docs.pytorch.org/docs/stable/notes/cuda.html (CUDA graphs)
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from optimize.models.encoding import BATCH_SIZES
+from optimize.passes._joint_linears import join_linears
 from optimize.pipeline.contract import Array, Batch, Cell
 
 GRAPHS, CACHE = "graphs.json", "compile.cache"
@@ -59,6 +59,7 @@ class Captured:
         self._model = model.to("cuda")
         if (path / CACHE).is_file():
             torch.compiler.load_cache_artifacts((path / CACHE).read_bytes())
+        join_linears(self._model, self._buffers((1, 1)))
         call = self._compiled(settings["autotune"]) if settings["compile"] else self._model
         self._graphs = {tuple(shape): self._capture(call, tuple(shape)) for shape in settings["shapes"]}
 
@@ -79,15 +80,19 @@ class Captured:
         from torch._inductor import config as inductor
 
         dynamo.recompile_limit = 64
-        inductor.freezing = True
         inductor.max_autotune = autotune
         return torch.compile(self._model, dynamic=False, fullgraph=True)
+
+    def _buffers(self, shape: Shape) -> dict[str, Any]:
+        import torch
+
+        ones = {name: int(name == "attention_mask") for name in self.inputs}
+        return {name: torch.full(shape, value, dtype=torch.int64, device="cuda") for name, value in ones.items()}
 
     def _capture(self, call: Any, shape: Shape) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         import torch
 
-        ones = {name: int(name == "attention_mask") for name in self.inputs}
-        buffers = {name: torch.full(shape, value, dtype=torch.int64, device="cuda") for name, value in ones.items()}
+        buffers = self._buffers(shape)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.inference_mode(), torch.cuda.stream(side):

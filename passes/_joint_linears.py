@@ -1,0 +1,78 @@
+"""Products of one input as one product, in a torch model: a small batch then launches fewer and larger kernels.
+
+The first linear layer of a group, in the order in which they are called, computes the product of all of them; each
+takes its own columns. (Inductor's freezing does it too, but what it froze is not kept in its cache.)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+
+def join_linears(model: Any, inputs: dict[str, Any]) -> int:
+    """Join the linear layers of `model` that are given the same tensor, as seen when it computes on `inputs`.
+
+    Of those that belong to several groups none is joined. Returns how many layers were.
+    """
+    import torch
+
+    calls: dict[int, tuple[Any, list[str]]] = {}  # by the tensor's identity, kept alive so that none is taken twice
+
+    def record(name: str) -> Any:
+        return lambda module, given: calls.setdefault(id(given[0]), (given[0], []))[1].append(name)
+
+    linears = {name: each for name, each in model.named_modules() if type(each) is torch.nn.Linear}
+    hooks = [each.register_forward_pre_hook(record(name)) for name, each in linears.items()]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    members: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for _, names in calls.values():
+        for name in names:
+            members[name].add(tuple(dict.fromkeys(names)))
+    groups = {group for found in members.values() for group in found if len(group) > 1}
+    joined = [group for group in groups if all(members[name] == {group} for name in group)]
+    return sum(_join(model, {name: linears[name] for name in group}) for group in joined)
+
+
+def _join(model: Any, linears: dict[str, Any]) -> int:
+    """Replace these, in the order in which they are called, if all have a bias or none has. Returns how many."""
+    import torch
+
+    class Joint(torch.nn.Module):  # type: ignore[misc]
+        """The product of all of them, for as long as some have not taken theirs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.cat([each.weight for each in layers]), requires_grad=False)
+            biases = [each.bias for each in layers if each.bias is not None]
+            self.bias = torch.nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+            self.product: Any = None
+
+    class Columns(torch.nn.Module):  # type: ignore[misc]
+        """Some columns of the product, which the first of them computes."""
+
+        def __init__(self, joint: Joint, start: int, end: int) -> None:
+            super().__init__()
+            self.joint, self.start, self.end = joint, start, end
+
+        def forward(self, inputs: Any) -> Any:
+            joint = self.joint
+            if self.start == 0:
+                joint.product = torch.nn.functional.linear(inputs, joint.weight, joint.bias)
+            product = joint.product
+            if self.end == len(joint.weight):
+                joint.product = None
+            return product[..., self.start : self.end]
+
+    layers = list(linears.values())
+    if len({each.bias is None for each in layers}) > 1:
+        return 0
+    joint, start = Joint(), 0
+    for name, layer in linears.items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, Columns(joint, start, start + layer.out_features))
+        start += layer.out_features
+    return len(layers)
