@@ -45,10 +45,10 @@ def main() -> None:
         words = ["--budget", arguments.budget, "--cache", CACHE, "--out", Path(scratch, "minilm"), "--json", report]
         subprocess.run([*OPTIMIZE, MODEL, *chosen, *words], check=True)
     made = Toolchains(CACHE)
-    installed = {name: made.record(read_toolchain(name)) for name in TOOLCHAINS}
+    records = {name: record for name in TOOLCHAINS if (record := made.record(read_toolchain(name)))}
     found = {
         "command": " ".join(["python", "benchmarks/toolchains.py", *sys.argv[1:]]),
-        "installed": {name: {key: record[key] for key in ("seconds", "bytes")} for name, record in installed.items()},
+        "installed": {name: {"seconds": each.seconds, "bytes": each.bytes} for name, each in records.items()},
         "report": json.loads(report.read_text().replace(MODEL, "CHECKPOINT")),
     }
     arguments.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -13,6 +13,7 @@ from optimize.pipeline.answers import CONTEXT, OFFSETS, WORDS
 from optimize.pipeline.batches import Encoded
 from optimize.pipeline.errors import RequestError
 
+LONGEST = 512  # tokens of evaluation text that shapes are made for, where no cell of the workload is longer
 BATCH_SIZES = (1, 2, 8)  # evaluation batches, in turn: none is the batch that exporters trace with padding alone
 
 Row = Mapping[str, Any]

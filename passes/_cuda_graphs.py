@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from optimize.models.encoding import BATCH_SIZES
+from optimize.models.encoding import BATCH_SIZES, LONGEST
 from optimize.passes._joint_linears import join_linears
 from optimize.pipeline.contract import Array, Batch, Cell
 
 GRAPHS, CACHE = "graphs.json", "compile.cache"
-LONGEST = 512  # tokens of the widest shape, if no cell is longer: those of evaluation text
 WARM = 3  # calls before capture, which set up what a capture may not
 Shape = tuple[int, int]  # batch, sequence
 

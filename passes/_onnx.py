@@ -66,3 +66,22 @@ def noisiest_products(path: Path, feeds: list[Encoded], count: int) -> list[str]
     return noisiest(
         [node.name for node in nodes], ([answer[node.input[0]] for node in nodes] for answer in answers), count
     )
+
+
+class Feed:
+    """ONNX Runtime's CalibrationDataReader, which quantizers read calibration batches through. Theirs would have to be
+    imported to be inherited from.
+    """
+
+    def __init__(self, batches: Sequence[Encoded]) -> None:
+        self._batches = batches
+        self.rewind()
+
+    def get_next(self) -> Encoded | None:
+        return next(self._left, None)
+
+    def get_first(self) -> Encoded:
+        return self._batches[0]
+
+    def rewind(self) -> None:
+        self._left = iter(self._batches)

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optimize.models.encoding import BATCH_SIZES
+from optimize.models.encoding import BATCH_SIZES, LONGEST
 from optimize.pipeline.contract import Cell
 from optimize.pipeline.errors import RequestError
 
 ENGINE, INSPECTED, FACTS, TIMINGS = "model.engine", "inspector.json", "engine.json", "timing.cache"
-LONGEST = 512  # tokens that the widest profile goes up to, if no cell is longer: those of evaluation text
 
 
 def check_capabilities(name: str, text: str) -> tuple[str, ...]:

@@ -8,10 +8,12 @@ bring along. Source: https://nvidia.github.io/TensorRT-LLM
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from optimize.pipeline.contract import Cell
 
 FACTS = "tensorrt_llm.json"  # what whoever opens the folder must know
 SERVE = "serve.yaml"  # for trtllm-serve --config
@@ -140,10 +142,10 @@ def stream(llm: Any, tokens: Sequence[int], new: int) -> Iterator[Sequence[int]]
         yield answer.outputs[0].token_ids
 
 
-def limits_of(cells: Sequence[Any], longest: int, least: Mapping[str, int]) -> Limits:
+def limits_of(cells: Sequence[Cell], longest: int, least: Limits) -> Limits:
     """What the cells of a workload take, and what judging takes (`least`): of a model that takes `longest` tokens."""
-    prompt = max(least["prompt"], *(cell.sequence for cell in cells))
-    sequence = max(least["sequence"], prompt + 1, *(cell.sequence + cell.new for cell in cells))
-    batch = max(least["batch"], *(cell.batch for cell in cells))
-    tokens = max(least["tokens"], *(cell.batch * cell.sequence for cell in cells))
+    prompt = max(least.prompt, *(cell.sequence for cell in cells))
+    sequence = max(least.sequence, prompt + 1, *(cell.sequence + cell.new for cell in cells))
+    batch = max(least.batch, *(cell.batch for cell in cells))
+    tokens = max(least.tokens, *(cell.batch * cell.sequence for cell in cells))
     return Limits(batch, min(prompt, longest), min(sequence, longest), max(tokens, min(sequence, longest)))

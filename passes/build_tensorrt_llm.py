@@ -16,6 +16,8 @@ from optimize.models.tasks import TASKS
 from optimize.passes._tensorrt_llm import (
     FACTS,
     SERVE,
+    Limits,
+    Quantization,
     build_engine,
     has_engines,
     limits_of,
@@ -28,7 +30,7 @@ from optimize.pipeline.errors import RequestError
 from optimize.pipeline.memory import FRAMEWORKS
 
 LONGEST = 4096  # tokens of a sequence, where no cell is longer: questions may be
-JUDGED = {"batch": len(RAGGED), "prompt": WINDOW, "sequence": LONGEST, "tokens": LONGEST}
+JUDGED = Limits(batch=len(RAGGED), prompt=WINDOW, sequence=LONGEST, tokens=LONGEST)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class BuildTensorrtLlm(Pass):
     toolchain: ClassVar = "tensorrt-llm"
     target_facts: ClassVar = ("device",)
 
-    quantization: Literal["none", "fp8", "int4_awq"] = "none"
+    quantization: Quantization = "none"
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     gpus: int = 1
 

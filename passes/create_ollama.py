@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from optimize.passes._links import link_tree
 from optimize.passes._ollama import MODELFILE, NAME, OllamaServer, why_not
 from optimize.passes.convert_gguf import MODEL
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
@@ -39,7 +38,7 @@ class CreateOllama(Pass):
         return FRAMEWORKS  # the server copies the file
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
-        shutil.copytree(source.path, out, copy_function=_link, dirs_exist_ok=True)
+        link_tree(source.path, out)
         with tempfile.TemporaryDirectory(prefix="ollama-") as scratch, OllamaServer(Path(scratch)) as server:
             server.create(out)
             shown = server.ask("POST", "/api/show", {"model": NAME})
@@ -49,11 +48,3 @@ class CreateOllama(Pass):
         for name in (MODEL, MODELFILE):
             if not (out / name).is_file():
                 raise ValueError(f"{name} is missing")
-
-
-def _link(source: str, target: str) -> None:
-    """The store is read-only, so that two artifacts may share one file."""
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(source, target)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from optimize.passes._onnx import GRAPH, PRODUCTS, input_names, noisiest_products, quantized_products
+from optimize.passes._onnx import GRAPH, PRODUCTS, Feed, input_names, noisiest_products, quantized_products
 from optimize.passes._sensitivity import SAMPLES, check_options
-from optimize.pipeline.batches import Encoded, load_batches
+from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
 from optimize.pipeline.memory import FRAMEWORKS
 
@@ -69,7 +68,7 @@ class QuantizeModelopt(Pass):
             graph = Path(shutil.copytree(source.path, scratch, dirs_exist_ok=True), GRAPH)  # it writes there too
             quantize(
                 onnx_path=str(graph), output_path=str(out / GRAPH), quantize_mode=self.mode,
-                calibration_data_reader=_Feed(batches),
+                calibration_data_reader=Feed(batches),
                 calibration_method=self.method, calibration_eps=["cpu"], op_types_to_quantize=list(PRODUCTS),
                 high_precision_dtype=self.rest, use_external_data_format=True, dq_only=True, disable_mha_qdq=True,
                 nodes_to_exclude=[*kept],
@@ -79,29 +78,3 @@ class QuantizeModelopt(Pass):
     def ensures(self, out: Path) -> None:
         if not (out / GRAPH).is_file():
             raise FileNotFoundError(f"{GRAPH} was not written")
-
-
-class _Feed:
-    """ONNX Runtime's CalibrationDataReader, which is not there to be inherited from where this is imported."""
-
-    def __init__(self, batches: list[Encoded]) -> None:
-        self._batches = batches
-        self.rewind()
-
-    def get_next(self) -> Encoded | None:
-        return next(self._left, None)
-
-    def get_first(self) -> Encoded:
-        return self._batches[0]
-
-    def rewind(self) -> None:
-        self._left = itertools.chain(self._batches)
-
-    def __iter__(self) -> _Feed:
-        return self
-
-    def __next__(self) -> Encoded:
-        found = self.get_next()
-        if found is None:
-            raise StopIteration
-        return found

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from optimize.passes._onnx import GRAPH, PRODUCTS, count_nodes, coverage, noisiest_products, quantized_products
+from optimize.passes._onnx import GRAPH, PRODUCTS, Feed, count_nodes, coverage, noisiest_products, quantized_products
 from optimize.passes._sensitivity import SAMPLES, check_options
-from optimize.pipeline.batches import Encoded, load_batches
+from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
 from optimize.pipeline.memory import FRAMEWORKS
 
@@ -75,7 +75,7 @@ class QuantizeOnnx(Pass):
             )  # fmt: skip
         else:
             quantize_static(
-                graph, result, _Feed(batches[: self.samples]), nodes_to_exclude=kept,
+                graph, result, Feed(batches[: self.samples]), nodes_to_exclude=kept,
                 quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                 per_channel=self.per_channel, calibrate_method=CalibrationMethod.MinMax,
                 op_types_to_quantize=list(PRODUCTS), use_external_data_format=True,
@@ -84,13 +84,3 @@ class QuantizeOnnx(Pass):
             return quantized_products(source.path, out) | {"kept": kept}
         eligible, quantized = count_nodes(source.path, PRODUCTS), count_nodes(out, INTEGER)
         return coverage(quantized, eligible) | {"kept": kept}
-
-
-class _Feed:
-    """The interface that `quantize_static` reads calibration feeds through."""
-
-    def __init__(self, batches: list[Encoded]) -> None:
-        self._batches = iter(batches)
-
-    def get_next(self) -> Encoded | None:
-        return next(self._batches, None)

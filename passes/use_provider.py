@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from optimize.passes._links import link_tree
 from optimize.passes._onnx import input_names
 from optimize.passes._tensorrt import profile_ranges
 from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind, Pass, Target
@@ -50,7 +50,7 @@ class UseProvider(Pass):
         return FRAMEWORKS
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
-        shutil.copytree(source.path, out, dirs_exist_ok=True)
+        link_tree(source.path, out)
         options = self._options(input_names(source.path), context.workload)
         (out / PROVIDER).write_text(json.dumps({"provider": NAMES[self.provider], "options": options}, indent=1))
         return {"options": options}
@@ -59,13 +59,12 @@ class UseProvider(Pass):
         if self.provider == "cuda":
             return {"use_tf32": "0"}
         columns = zip(*profile_ranges(workload), strict=True)
-        shapes = {
+        return {
             f"{PREFIX[self.provider]}_profile_{which}_shapes": ",".join(
                 f"{name}:{batch}x{length}" for batch, length in column for name in inputs
             )
             for which, column in zip(("min", "opt", "max"), columns, strict=True)
         }
-        return shapes
 
     def ensures(self, out: Path) -> None:
         for name in ("model.onnx", PROVIDER):

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,15 @@ from packaging.specifiers import SpecifierSet
 
 from optimize.pipeline.errors import ToolchainError
 from optimize.pipeline.toolchain_files import CPU, Toolchain, read_toolchain
-from optimize.pipeline.toolchains import Environment, Toolchains, plain_environment, probe, python_in, what_it_said
+from optimize.pipeline.toolchains import (
+    Environment,
+    Record,
+    Toolchains,
+    plain_environment,
+    probe,
+    python_in,
+    what_it_said,
+)
 
 PYTHONS = ("python3", "python3.14", "python3.13", "python3.12", "python3.11", "python3.10")
 LOG_TAIL = 8  # lines
@@ -87,7 +96,8 @@ def remove(toolchains: Toolchains, name: str) -> int:
 
 def size_of(toolchains: Toolchains, name: str) -> int:
     """Bytes on disk of the environment when it was made; 0 where there is none."""
-    return int(toolchains.record(read_toolchain(name)).get("bytes", 0))
+    record = toolchains.record(read_toolchain(name))
+    return record.bytes if record else 0
 
 
 def _make(toolchains: Toolchains, toolchain: Toolchain, note: Note) -> None:
@@ -120,11 +130,11 @@ def _make(toolchains: Toolchains, toolchain: Toolchain, note: Note) -> None:
                 hint=f"the whole log is {log}; the same command tries again, or {toolchain.otherwise}",
             ) from error
         raise
-    seconds, size = time.monotonic() - began, _bytes(folder)
+    record = Record(folder.name, round(time.monotonic() - began, 1), _bytes(folder))
     written = folder / "toolchain.json"
-    written.write_text(json.dumps({"folder": folder.name, "seconds": round(seconds, 1), "bytes": size}))
+    written.write_text(json.dumps(asdict(record)))
     written.replace(stem.with_suffix(".json"))
-    note(f"toolchain {name}: {size / 1e9:.2f} GB in {seconds:.0f} s")
+    note(f"toolchain {name}: {record.bytes / 1e9:.2f} GB in {record.seconds:.0f} s")
 
 
 def _fill(toolchain: Toolchain, folder: Path, output: Any) -> None:

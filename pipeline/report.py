@@ -62,10 +62,7 @@ def print_report(console: Console, report: Report, out: Path) -> None:
         code = ExitCode(report.exit_code)
         outcome, help_ = OUTCOMES[code], NEXT[code]
         if code is ExitCode.NOT_ACCURATE and not any(each.status is Status.INACCURATE for each in report.candidates):
-            outcome, help_ = (
-                "nothing that was built runs to its end",
-                "the reasons above",
-            )
+            outcome, help_ = "nothing that was built runs to its end", "the reasons above"
         if code is ExitCode.NOT_FASTER and any(each.status is Status.ARCHIVED for each in report.candidates):
             outcome, help_ = "what passes is made with what is not maintained any more", "--allow-archived"
         console.print(f"\nnothing emitted (exit code {code:d}): {outcome}", style="bold red", highlight=False)

@@ -53,6 +53,15 @@ class Environment:
     archived: str = ""  # as the toolchain's file says
 
 
+@dataclass(frozen=True)
+class Record:
+    """Of an environment that was made: written in the cache when it was whole."""
+
+    folder: str  # its name beside the record
+    seconds: float  # that making it took
+    bytes: int  # on disk
+
+
 class Toolchains:
     """Finds environments under one cache. Each is probed once."""
 
@@ -93,18 +102,20 @@ class Toolchains:
     def made(self, toolchain: Toolchain) -> Path | None:
         """The folder of the environment that was made and came to its end, or None."""
         record = self.record(toolchain)
-        return self.root / record["folder"] if record and (self.root / record["folder"]).is_dir() else None
+        return self.root / record.folder if record and (self.root / record.folder).is_dir() else None
 
-    def record(self, toolchain: Toolchain) -> dict[str, Any]:
-        """What was written when it was whole: its folder, the seconds that it took, its bytes; or nothing."""
+    def record(self, toolchain: Toolchain) -> Record | None:
+        """What was written when it was whole, or None for nothing, and for what is none."""
         stem = self.stem(toolchain)
         try:
             found = json.loads(stem.with_suffix(".json").read_text())
         except (OSError, ValueError):
-            return {}
+            return None
         kinds: dict[str, Any] = {"folder": str, "seconds": (int, float), "bytes": int}
         whole = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
-        return found if whole and re.fullmatch(rf"{re.escape(stem.name)}-\w{{1,32}}", found["folder"]) else {}
+        if not whole or not re.fullmatch(rf"{re.escape(stem.name)}-\w{{1,32}}", found["folder"]):
+            return None
+        return Record(**{key: found[key] for key in kinds})
 
     def try_imports(self, name: str) -> None:
         """Import what the toolchain is for, in its own process. Raises ToolchainError with the end of what it said."""

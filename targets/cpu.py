@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -133,17 +133,29 @@ def peaks(target: Target) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(target.cores)
+    return reached((*target.dtypes, "int8"), PRODUCT, READ, "cpu", _fastest)
+
+
+def reached(
+    dtypes: Iterable[str], rows: int, size: int, device: str, fastest: Callable[[Callable[[], Any]], float]
+) -> dict[str, Any]:
+    """Operations a second of products of square matrices of `rows`, by dtype, and bytes a second of reading `size`.
+
+    `fastest` gives the seconds of the fastest of several calls.
+    """
+    import torch
+
     operations = {}
-    for dtype in (*target.dtypes, "int8"):
+    for dtype in dtypes:
         if dtype == "int8":
-            left, right = torch.randint(-100, 100, (2, PRODUCT, PRODUCT), dtype=torch.int8)
+            left, right = torch.randint(-100, 100, (2, rows, rows), dtype=torch.int8, device=device)
             product = partial(torch._int_mm, left, right)
         else:
-            left, right = torch.rand((2, PRODUCT, PRODUCT)).to(getattr(torch, dtype))
+            left, right = torch.rand((2, rows, rows), device=device).to(getattr(torch, dtype))
             product = partial(torch.matmul, left, right)
-        operations[dtype] = 2 * PRODUCT**3 / _fastest(product)
-    read = torch.ones(READ // 4)
-    return {"operations": operations, "bandwidth": READ / _fastest(read.sum)}
+        operations[dtype] = 2 * rows**3 / fastest(product)
+    read = torch.ones(size // 4, device=device)
+    return {"operations": operations, "bandwidth": size / fastest(read.sum)}
 
 
 def _fastest(call: Callable[[], Any]) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from optimize.models.tasks import TASKS
@@ -86,17 +85,8 @@ def peaks(target: Target) -> dict[str, Any]:
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
-    operations = {}
-    for dtype in (each for each in target.dtypes if each != "float8_e4m3fn"):
-        if dtype == "int8":
-            left, right = torch.randint(-100, 100, (2, PRODUCT, PRODUCT), dtype=torch.int8, device="cuda")
-            product = partial(torch._int_mm, left, right)
-        else:
-            left, right = torch.rand((2, PRODUCT, PRODUCT), device="cuda").to(getattr(torch, dtype))
-            product = partial(torch.matmul, left, right)
-        operations[dtype] = 2 * PRODUCT**3 / _fastest(product)
-    read = torch.ones(READ // 4, device="cuda")
-    return {"operations": operations, "bandwidth": READ / _fastest(read.sum)}
+    dtypes = (each for each in target.dtypes if each != "float8_e4m3fn")
+    return cpu.reached(dtypes, PRODUCT, READ, "cuda", _fastest)
 
 
 def _fastest(call: Callable[[], Any]) -> float:

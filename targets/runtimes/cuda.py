@@ -11,8 +11,22 @@ from optimize.pipeline.contract import Batch
 from optimize.targets.runtimes.eager import EagerSession
 
 
+def seconds(call: Callable[[], Any]) -> float:
+    """Of one call on the current device, by its events: from when it is begun to when its work there is done."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    outputs = call()
+    end.record()
+    end.synchronize()
+    del outputs
+    return float(start.elapsed_time(end)) / 1e3
+
+
 class CudaSession(EagerSession):
     """As EagerSession, with float32 in full: TF32 is off."""
+
+    seconds = staticmethod(seconds)
 
     def __init__(self, model: Any, device: str) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -27,20 +41,3 @@ class CudaSession(EagerSession):
                 return self.model(**inputs)
 
         return call
-
-    @staticmethod
-    def seconds(call: Callable[[], Any]) -> float:
-        """Of one call, by events of the device: from when it is begun to when its work there is done."""
-        return seconds(call)
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    """Of one call on the current device, by its events."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    outputs = call()
-    end.record()
-    end.synchronize()
-    del outputs
-    return float(start.elapsed_time(end)) / 1e3

@@ -18,6 +18,8 @@ from optimize.targets.runtimes.tensors import to_numpy
 class CudaGraphSession:
     """Batches are padded up to a captured shape, and what comes out is cut back."""
 
+    seconds = staticmethod(seconds)
+
     def __init__(self, captured: Captured) -> None:
         self._captured, self.inputs = captured, captured.inputs
 
@@ -42,11 +44,6 @@ class CudaGraphSession:
             return {name: value.clone() for name, value in outputs.items()}
 
         return call
-
-    @staticmethod
-    def seconds(call: Callable[[], Any]) -> float:
-        """Of one call, by events of the device."""
-        return seconds(call)
 
 
 def open_session(path: Path, task: str, cores: int) -> CudaGraphSession:
