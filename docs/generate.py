@@ -35,9 +35,9 @@ What has no line above is not in this version. What is, but was never run, or on
 
 | what | state |
 |---|---|
-| target `gpu` | text encoders: built, judged, timed on an H100, but no folder emitted; language models: not run |
+| target `gpu` | text encoders and `serve-vllm`: run on an H100; autotuned kernels: not run |
 | target `multi-gpu` | a later version |
-| vLLM | not in this version |
+| vLLM | 0.24 on an H100, 0.32 on a processor; fp8 judged there, not timed; its lock was not installed |
 | TensorRT-LLM | `build-tensorrt-llm` is written after its source; only run against a stand-in for it |
 | TensorRT | `build-tensorrt` and its runtime are written; TensorRT's own libraries were not there to run them |
 | TensorRT for RTX | engines are built here; none was run, for want of an RTX GPU, nor inspected, for want of a driver |

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from optimize.models.encoding import BATCH_SIZES, LONGEST
+from optimize.passes._fused_gelu import fuse_gelu
 from optimize.passes._joint_linears import join_linears
 from optimize.pipeline.contract import Array, Batch, Cell
 
@@ -55,23 +56,17 @@ class Captured:
         settings = json.loads((path / GRAPHS).read_text())
         self.inputs: tuple[str, ...] = tuple(settings["inputs"])
         self.fill: int = settings["fill"]
-        self._model = model.to("cuda")
+        self.model = model.to("cuda")
         if (path / CACHE).is_file():
             torch.compiler.load_cache_artifacts((path / CACHE).read_bytes())
-        join_linears(self._model, self._buffers((1, 1)))
-        call = self._compiled(settings["autotune"]) if settings["compile"] else self._model
+        join_linears(self.model, self._buffers((1, 1)))
+        call = self._compiled(settings["autotune"]) if settings["compile"] else self.model
         self._graphs = {tuple(shape): self._capture(call, tuple(shape)) for shape in settings["shapes"]}
 
-    def graph(self, batch: int, sequence: int) -> tuple[Shape, Any, dict[str, Any], dict[str, Any]]:
-        """The shape that takes such a batch, its graph, and its buffers for inputs and outputs.
-
-        Raises ValueError where none does.
-        """
+    def graph(self, batch: int, sequence: int) -> tuple[Shape, Any, dict[str, Any], dict[str, Any]] | None:
+        """The smallest shape that takes such a batch, its graph, and its buffers for inputs and outputs; or None."""
         shape = fitting(self._graphs, batch, sequence)
-        if shape is None:
-            listed = ", ".join(f"{rows}x{tokens}" for rows, tokens in self._graphs)
-            raise ValueError(f"a batch of {batch}x{sequence} fits none of the shapes that were captured: {listed}")
-        return shape, *self._graphs[shape]
+        return None if shape is None else (shape, *self._graphs[shape])
 
     def _compiled(self, autotune: bool) -> Any:
         import torch
@@ -80,7 +75,7 @@ class Captured:
 
         dynamo.recompile_limit = 64
         inductor.max_autotune = autotune
-        return torch.compile(self._model, dynamic=False, fullgraph=True)
+        return torch.compile(self.model, backend=fuse_gelu, dynamic=False, fullgraph=True)
 
     def _buffers(self, shape: Shape) -> dict[str, Any]:
         import torch

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from optimize.pipeline.contract import Cell
+from optimize.passes._limits import Limits
 
 FACTS = "tensorrt_llm.json"  # what whoever opens the folder must know
 SERVE = "serve.yaml"  # for trtllm-serve --config
@@ -22,16 +22,6 @@ KV_FRACTION = 0.85  # of the GPU memory that is free once the weights lie there
 
 Quantization = Literal["none", "fp8", "int4_awq"]
 TextFolder = Path  # of a train.jsonl with a column `text`, as its own calibration reads one
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The most that it is built for."""
-
-    batch: int
-    prompt: int  # tokens
-    sequence: int  # tokens of the prompt and after it
-    tokens: int  # that are computed at once
 
 
 def has_engines(version: str) -> bool:
@@ -140,12 +130,3 @@ def stream(llm: Any, tokens: Sequence[int], new: int) -> Iterator[Sequence[int]]
     asked = SamplingParams(max_tokens=new, end_id=-1, pad_id=0, top_k=1, ignore_eos=True, detokenize=False)
     for answer in llm.generate_async({"prompt_token_ids": list(tokens)}, sampling_params=asked, streaming=True):
         yield answer.outputs[0].token_ids
-
-
-def limits_of(cells: Sequence[Cell], longest: int, least: Limits) -> Limits:
-    """What the cells of a workload take, and what judging takes (`least`): of a model that takes `longest` tokens."""
-    prompt = max(least.prompt, *(cell.sequence for cell in cells))
-    sequence = max(least.sequence, prompt + 1, *(cell.sequence + cell.new for cell in cells))
-    batch = max(least.batch, *(cell.batch for cell in cells))
-    tokens = max(least.tokens, *(cell.batch * cell.sequence for cell in cells))
-    return Limits(batch, min(prompt, longest), min(sequence, longest), max(tokens, min(sequence, longest)))

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from optimize.models.encoding import load_tokenizer
-from optimize.models.language import RAGGED, WINDOW
 from optimize.models.tasks import TASKS
+from optimize.passes._limits import LONGEST, limits_of
 from optimize.passes._tensorrt_llm import (
     FACTS,
     SERVE,
-    Limits,
     Quantization,
     build_engine,
     has_engines,
-    limits_of,
     quantize_checkpoint,
     write_facts,
 )
@@ -28,9 +26,6 @@ from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.memory import FRAMEWORKS
-
-LONGEST = 4096  # tokens of a sequence, where no cell is longer: questions may be
-JUDGED = Limits(batch=len(RAGGED), prompt=WINDOW, sequence=LONGEST, tokens=LONGEST)
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ class BuildTensorrtLlm(Pass):
         if self.calibrated and not tokens:
             raise RuntimeError("quantization needs calibration data")
         config = json.loads((source.path / "config.json").read_text())
-        limits = limits_of(context.workload, config.get("max_position_embeddings", LONGEST), JUDGED)
+        limits = limits_of(context.workload, config.get("max_position_embeddings", LONGEST))
         if has_engines(installed):
             with tempfile.TemporaryDirectory(prefix="texts-") as folder:
                 tokenizer = load_tokenizer(source.path)

@@ -29,7 +29,7 @@ class CompileCuda(Pass):
     name: ClassVar = "compile-cuda"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.CUDA_GRAPHS
-    version: ClassVar = 1
+    version: ClassVar = 2
     tools: ClassVar = ("torch", "transformers")
     target_facts: ClassVar = ("device", "arch", "driver")
 

@@ -47,12 +47,13 @@ class Kind(Word):
     TENSORRT = "tensorrt"  # model.engine, and what its builder says of it
     TENSORRT_RTX = "tensorrt-rtx"  # the same, compiled to the end by the driver of the GPU that runs it
     CUDA_GRAPHS = "cuda-graphs"  # a checkpoint, and graphs.json: the shapes that it is captured at where it is opened
+    VLLM = "vllm"  # a checkpoint, serve.yaml for `vllm serve`, and vllm.json: what it was measured with
     TENSORRT_LLM = "tensorrt-llm"  # engines, or a quantized checkpoint; and what runs it must know
 
     @property
     def toolchain(self) -> str:
         """The environment that opens such a folder."""
-        apart = (Kind.ONNX_GPU, Kind.IPEX, Kind.TENSORRT, Kind.TENSORRT_RTX, Kind.TENSORRT_LLM)
+        apart = (Kind.ONNX_GPU, Kind.IPEX, Kind.TENSORRT, Kind.TENSORRT_RTX, Kind.TENSORRT_LLM, Kind.VLLM)
         return self.value if self in apart else DEFAULT
 
 

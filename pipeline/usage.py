@@ -102,7 +102,6 @@ import torch
 from transformers import {auto_class}
 
 settings = json.load(open("graphs.json"))
-torch._inductor.config.freezing = True
 model = {auto_class}.from_pretrained(".", dtype="auto").eval().cuda()
 call = torch.compile(model, dynamic=False, fullgraph=True) if settings["compile"] else model
 inputs = {{name: inputs[name].cuda() for name in settings["inputs"]}}
@@ -225,8 +224,16 @@ from tensorrt_llm.llmapi import SamplingParams
 llm = LLM(model=".", tokenizer=".", tensor_parallel_size=facts["gpus"])
 print(llm.generate("The harbour was", sampling_params=SamplingParams(max_tokens=32, top_k=1)).outputs[0].text)
 """
+VLLM = """import json
+from vllm import LLM, SamplingParams  # or: vllm serve . --config serve.yaml
+
+options = {name.replace("-", "_"): value for name, value in json.load(open("serve.yaml")).items()}
+if __name__ == "__main__":  # it may start processes of its own, which import this file
+    asked = SamplingParams(temperature=0, max_tokens=32)
+    print(LLM(model=".", **options).generate("The harbour was", asked)[0].outputs[0].text)
+"""
 GENERATES = {Kind.OPENVINO: LLM_PIPELINE, Kind.GGUF: SERVE, Kind.OLLAMA: OLLAMA, Kind.GENAI: GENAI,
-             Kind.TENSORRT_LLM: TENSORRT_LLM}  # fmt: skip
+             Kind.TENSORRT_LLM: TENSORRT_LLM, Kind.VLLM: VLLM}  # fmt: skip
 
 
 def usage(report: Report, kind: Kind, recipe: str) -> str:

@@ -179,11 +179,7 @@ class Worker:
         begun = time.perf_counter()
         while batch <= MAX_BATCH and idle < 2 and seconds < longest and time.perf_counter() - begun < within:
             rows = {name: np.resize(array, (batch, array.shape[1])) for name, array in cell.items() if array.ndim == 2}
-            try:
-                call = call_of(self._session, {**cell, **rows})
-            except ValueError:  # more than it was captured for
-                break
-            calls = []
+            call, calls = call_of(self._session, {**cell, **rows}), []
             for _ in range(3):  # the first warms up
                 call.renew()
                 calls.append(call.timed()[0])

@@ -45,6 +45,7 @@ class WorkerProcess:
             "OPTIMIZE_PARENT": str(os.getpid()),
             "HF_HUB_OFFLINE": "1",  # what a worker needs was fetched before
             "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime reports home, and keeps a database in the user's cache
+            "VLLM_NO_USAGE_STATS": "1",  # vLLM reports home too
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": str(self._scratch.absolute()),

@@ -33,6 +33,9 @@ RECIPES = {
 GENERATING = {  # for language models
     "eager-fp16": "cast-dtype{dtype=float16}",
     "eager-bf16": "cast-dtype",
+    "vllm-bf16": "serve-vllm",
+    "vllm-fp8": "serve-vllm{quantization=fp8}",
+    "vllm-fp8-cache": "serve-vllm{quantization=fp8;cache=fp8}",
     "tensorrt-llm": "build-tensorrt-llm",
     "tensorrt-llm-fp8": "build-tensorrt-llm{quantization=fp8}",
 }

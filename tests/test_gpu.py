@@ -20,7 +20,7 @@ from optimize.pipeline.errors import ExitCode, RequestError
 from optimize.pipeline.plan import make_plan
 from optimize.targets import cpu, gpu
 from optimize.targets.runtimes import open_session
-from tests.conftest import QUICK, Cli
+from tests.conftest import QUICK, Cli, MakeCheckpoint
 
 TASK = "feature-extraction"
 TEXTS = ("Yes.", "A text of some more words than that.", "One, two, three, four, five, six, seven.")
@@ -128,9 +128,22 @@ def test_what_is_captured_answers_as_eager_does_at_every_shape(tiny: Path, tmp_p
     captured.run(encode(tiny, [{"text": "Something else."}], 64, (1,))[0])
     np.testing.assert_array_equal(first, kept)
     assert call_of(captured, batch).timed()[0] > 0
-    wide = {name: np.repeat(array, 9, axis=0) for name, array in batch.items()}
-    with pytest.raises(ValueError, match="fits none of the shapes"):
-        captured.run(wide)
+    wide = {name: np.repeat(array, 9, axis=0) for name, array in batch.items()}  # more than any shape takes
+    expected, found = eager.run(wide), captured.run(wide)
+    np.testing.assert_allclose(found["last_hidden_state"], expected["last_hidden_state"], atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HERE, reason="here is no GPU")
+def test_logits_of_each_token_are_cut_back_to_the_text(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    asking, out = make_checkpoint("BertForQuestionAnswering"), tmp_path / "out"
+    out.mkdir()
+    context = Context("question-answering", H100, None, (Cell(1, 32),))
+    CompileCuda(compile=False).run(Artifact(Kind.CHECKPOINT, asking, "", ""), context, out)
+    batch = encode(asking, [{"question": TEXTS[0], "context": TEXTS[1]}], 64, (1,))[0]
+    expected = open_session(Kind.CHECKPOINT, asking, context.task, 1, device="cuda").run(batch)
+    found = open_session(Kind.CUDA_GRAPHS, out, context.task, 1).run(batch)
+    np.testing.assert_allclose(found["start_logits"], expected["start_logits"], atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -33,6 +33,7 @@ RUNTIMES = {
     Kind.TENSORRT_RTX: "tensorrt_rtx",
     Kind.TENSORRT_LLM: "tensorrt_llm",
     Kind.CUDA_GRAPHS: "cuda_graphs",
+    Kind.VLLM: "vllm",
 }
 
 

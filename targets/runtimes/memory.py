@@ -29,6 +29,7 @@ RESIDENT = {
     Kind.TENSORRT: (500 * MIB, 2.0),  # on the host, where an engine is read before it goes to the GPU
     Kind.TENSORRT_RTX: (500 * MIB, 2.0),
     Kind.TENSORRT_LLM: (EAGER, 2.0),
+    Kind.VLLM: (6000 * MIB, 2.0),  # on the host: compilers, CUDA's libraries, and weights on their way to the GPU
     Kind.CUDA_GRAPHS: (3000 * MIB, 1.0),  # on the host
 }
 LOGITS = 4  # copies of a window's logits, while it is scored

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from optimize.models.encoding import load_tokenizer
-from optimize.passes._tensorrt_llm import SERVE, Limits, has_engines, limits_of, serve_settings
-from optimize.passes.build_tensorrt_llm import JUDGED, BuildTensorrtLlm
+from optimize.passes._limits import JUDGED, Limits, limits_of
+from optimize.passes._tensorrt_llm import SERVE, has_engines, serve_settings
+from optimize.passes.build_tensorrt_llm import BuildTensorrtLlm
 from optimize.pipeline.batches import save_batches
 from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind, Target
 from optimize.pipeline.errors import RequestError

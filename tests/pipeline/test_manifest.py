@@ -238,7 +238,7 @@ def test_a_report_names_what_it_ran_with(manifest: Manifest) -> None:
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_every_kind_has_lines_that_run_it_and_a_command_that_installs_it(manifest: Manifest, kind: Kind) -> None:
-    generates = kind in (Kind.GGUF, Kind.OLLAMA, Kind.GENAI, Kind.TENSORRT_LLM)
+    generates = kind in (Kind.GGUF, Kind.OLLAMA, Kind.GENAI, Kind.TENSORRT_LLM, Kind.VLLM)
     task = "text-generation" if generates else "feature-extraction"
     apart = {kind.toolchain: ToolchainFacts("3.12.1", "d" * 64, True, {"tensorrt": "10.1", "tensorrt-llm": "1.2.1"})}
     host = dataclasses.replace(manifest.report.host, toolchains=apart)
