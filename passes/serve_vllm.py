@@ -81,7 +81,10 @@ class ServeVllm(Pass):
         shutil.copytree(source.path, out, dirs_exist_ok=True)
         config = read_config(source.path)
         limits = limits_of(context.workload, max_length(source.path, config))
-        facts = {"limits": asdict(limits), "cache_bytes": cache_bytes(config, context.workload, limits)}
+        facts = {
+            "limits": asdict(limits),
+            "cache_bytes": cache_bytes(config, context.workload, limits, 4 if self.dtype == "float32" else 2),
+        }
         (out / FACTS).write_text(json.dumps(facts, indent=1))
         (out / SERVE).write_text(json.dumps(self._settings(context.target), indent=1))  # which is YAML too
         return facts
@@ -107,8 +110,10 @@ class ServeVllm(Pass):
                 raise FileNotFoundError(f"{name} was not written")
 
 
-def cache_bytes(config: dict[str, Any], cells: tuple[Cell, ...], limits: Limits) -> int:
-    """Of a KV cache in 16 bits that holds every sequence of the largest cell, and the longest that is judged."""
+def cache_bytes(config: dict[str, Any], cells: tuple[Cell, ...], limits: Limits, width: int) -> int:
+    """Of a KV cache that holds every sequence of the largest cell, and the longest that is judged: of numbers of `width`
+    bytes.
+    """
     pages = [cell.batch * -(-(cell.sequence + cell.new) // PAGE) for cell in cells]
     tokens = PAGE * (1 + max(*pages, limits.batch + limits.sequence // PAGE))
-    return int(SPARE * 2 * dimensions(config).cache * tokens)
+    return int(SPARE * width * dimensions(config).cache * tokens)

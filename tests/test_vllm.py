@@ -136,9 +136,9 @@ def test_the_configuration_is_what_was_asked_and_no_more(model: Path, tmp_path: 
 def test_the_cache_holds_the_largest_cell_and_the_longest_text() -> None:
     config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     per_token = 2 * 2 * 2 * 16 * 2  # keys and values, layers, heads, their width, bytes
-    small = cache_bytes(config, (Cell(1, 16, 8),), Limits(3, 512, 512, 4096))
+    small = cache_bytes(config, (Cell(1, 16, 8),), Limits(3, 512, 512, 4096), 2)
     assert small >= per_token * (512 + 1 + 3 * 48)  # the longest text and its next token; or prompts of a few tokens
-    large = cache_bytes(config, (Cell(64, 500, 100),), Limits(64, 512, 600, 4096))
+    large = cache_bytes(config, (Cell(64, 500, 100),), Limits(64, 512, 600, 4096), 2)
     assert 64 * 600 * per_token <= large < 2 * 64 * 600 * per_token
 
 
