@@ -45,10 +45,11 @@ What has no line above is not in this version. What is, but was never run, or on
 | workers on Python 3.10 | types are checked as 3.10 has them; run on 3.11 and 3.12 alone |
 | OpenVINO Model Server | not run here: a language model in OpenVINO is run by openvino-genai |
 | Ollama | written after its documentation and source of August 2026; only run against a stand-in, never a real Ollama |
-| encoder-decoders, vision, audio | not in this version: no task for them |
+| image classifiers | on a processor: ViT, ResNet and ConvNeXT; not on a GPU, and not in a toolchain |
+| encoder-decoders, audio | not in this version: no task for them |
 | huggingface.co itself | hub ids are tested against a local server that answers the hub's API only |
 | Xet transfers | left to huggingface_hub; the local server does not offer them |
-| datasets on the hub (`--data NAME:SPLIT`) | written; only the refusal without a network is tested |
+| datasets on the hub (`--data NAME:SPLIT`) | written; only the refusal, and one that was made here, are tested |
 | macOS, Windows, Linux on other processors than x86_64 | not run; measuring needs POSIX signals |
 """
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from optimize.pipeline.contract import LabelKind
@@ -61,8 +63,29 @@ def _letters(value: object, texts: Sequence[str]) -> list[str]:
     return [str(label).strip() for label in labels] if isinstance(labels, list) else []
 
 
+def read_file(value: object, column: str, where: str) -> Mapping[str, Any]:
+    """A cell that is a file: its path, its bytes, or the datasets library's {"bytes": ..., "path": ...}.
+
+    Gives its path or bytes, and the sha256 by which two of them are the same.
+    """
+    given = value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
+    if isinstance(given, str) and given.strip():
+        try:
+            content = Path(given).read_bytes()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise RequestError(f"{where}: {column} {given} cannot be read: {why}", hint="give its path") from None
+        found: dict[str, Any] = {"path": str(Path(given).resolve())}
+    elif isinstance(given, bytes) and given:
+        content, found = given, {"bytes": given}
+    else:
+        what = "is empty" if given in (None, "", b"") else f"is no file ({value!r:.40})"
+        raise RequestError(f"{where}: {column} {what}", hint="give its path, or its bytes in a .parquet file")
+    return found | {"sha256": hashlib.sha256(content).hexdigest(), "where": where}
+
+
 LARGEST_SCORE = 1e100  # squares of larger ones are no numbers any more
-READERS = {"tokens": _words, "choices": _choices}  # of the columns that are not text
+READERS = {"tokens": _words, "choices": _choices, "image": read_file}  # of the columns that are not text
 
 
 def read_label(

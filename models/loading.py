@@ -62,32 +62,26 @@ def is_quantized(folder: Path) -> bool:
     return (read_config(folder).get("quantization_config") or {}).get("quant_method") == "torchao"
 
 
-def sample_inputs(folder: Path) -> dict[str, Any]:
-    """Two padded sentences as torch tensors of [2, sequence], by the names that the tokenizer gives: for tracing.
-
-    Two, since a batch of one would be traced as a constant.
+def sample_inputs(folder: Path, task: str = "feature-extraction", dtype: str = "float32") -> dict[str, Any]:
+    """Two examples as torch tensors by input name, as the task's encoder makes them: for tracing. `dtype` is that of
+    a model that is given floats.
     """
     import torch
 
-    from optimize.models.encoding import encode
-
-    rows = [
-        {"text": "A batch of one is traced as a constant."},
-        {"text": "So there are two of them, unlike in length, padded."},
-    ]
-    (batch,) = encode(folder, rows, max_length=64, sizes=(2,))
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in TASKS[task].encoder.encode_sample(folder).items()}
+    floats = {name: each.to(getattr(torch, dtype)) for name, each in tensors.items() if each.is_floating_point()}
+    return tensors | floats
 
 
 def dynamic_shapes(folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
-    """torch.export's dynamic shapes: batch and sequence vary, the latter up to what the model takes."""
+    """torch.export's dynamic shapes: the batch varies, and the sequence of text, up to what the model takes."""
     import torch
 
     from optimize.models.checkpoint import max_length, read_config
 
     batch = torch.export.Dim("batch", min=1, max=4096)
     sequence = torch.export.Dim("sequence", min=1, max=max_length(folder, read_config(folder)))
-    return {name: {0: batch, 1: sequence} for name in inputs}
+    return {name: {0: batch, 1: sequence} if value.dim() == 2 else {0: batch} for name, value in inputs.items()}
 
 
 def cast_checkpoint(folder: Path, out: Path, dtype: str, task: str) -> tuple[int, int]:

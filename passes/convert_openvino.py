@@ -1,4 +1,4 @@
-"""convert-openvino: an OpenVINO IR with dynamic batch and sequence, through transformers' own exporter."""
+"""convert-openvino: an OpenVINO IR with dynamic batch (and sequence, of text), through transformers' own exporter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from optimize.models.encoding import load_tokenizer
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
 from optimize.models.tasks import TASKS
 from optimize.passes._openvino_rewrites import spell_out_repeats
-from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass
 from optimize.pipeline.memory import FRAMEWORKS, MIB
 
 IR = "openvino_model.xml"
@@ -24,9 +24,10 @@ LAYER = 8 * MIB  # of a traced layer's operations
 
 @dataclass(frozen=True)
 class ConvertOpenvino(Pass):
-    """Trace the model into an OpenVINO IR with dynamic batch and sequence; of a language model, one with its own cache.
+    """Trace the model into an OpenVINO IR with dynamic batch (and sequence, of text).
 
-    Not by way of ONNX: there attention is spelt out, and int8 runs at half the speed.
+    A language model's has its own cache. Not by way of ONNX: there attention is spelt out, and int8 runs at half the
+    speed.
     Source: https://huggingface.co/docs/transformers (exporters), https://docs.openvino.ai (model conversion)
     """
 
@@ -54,7 +55,7 @@ class ConvertOpenvino(Pass):
         from transformers.exporters.utils import decompose_for_generation
 
         model = load_model(source.path, context.task, "float32")
-        inputs = sample_inputs(source.path)
+        inputs = sample_inputs(source.path, context.task)
         if TASKS[context.task].generates:
             # one program for prompts and steps alike, which keeps its KV cache itself: what openvino-genai runs
             prompts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -63,6 +64,8 @@ class ConvertOpenvino(Pass):
         else:
             config = OpenVINOConfig(dynamic=True, dynamic_shapes=dynamic_shapes(source.path, inputs))
         program = OpenVINOExporter().export(model, inputs, config=config).program
+        if TASKS[context.task].form is Form.IMAGES:  # of which the exporter leaves the size open, too
+            program.reshape({name: [-1, *value.shape[1:]] for name, value in inputs.items()})
         repeats = spell_out_repeats(program)
         openvino.save_model(program, out / IR, compress_to_fp16=False)
         write_runtime_options(out, "f32")
@@ -75,11 +78,12 @@ class ConvertOpenvino(Pass):
 
 
 def check_dynamic(out: Path) -> None:
-    """Raise ValueError for an input of the IR that takes one shape alone."""
+    """Raise ValueError for an input of the IR that takes one batch, or text of one length, alone."""
     import openvino
 
     for port in openvino.Core().read_model(out / IR).inputs:
-        if not all(dimension.is_dynamic for dimension in port.partial_shape):
+        varies = list(port.partial_shape)[: 2 if len(port.partial_shape) == 2 else 1]
+        if not all(dimension.is_dynamic for dimension in varies):
             raise ValueError(f"{port.any_name} has a fixed shape {port.partial_shape}")
 
 

@@ -26,6 +26,7 @@ from optimize.pipeline.memory import FRAMEWORKS
 
 # how much of an outlying activation channel moves into the weights: NNCF's own 0.95 leaves them too coarse
 SMOOTHING = 0.85
+PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
 WINDOWS = 16  # of calibration text that int4's scales are estimated on, and activations smoothed
 
 
@@ -89,7 +90,7 @@ class QuantizeOpenvino(Pass):
         import openvino
 
         model = openvino.Core().read_model(source.path / IR)
-        eligible = _count(model, is_matmul_of_weights)
+        eligible = _count(model, is_product_of_weights)
         kept: list[str] = []
         facts: dict[str, Any] = {}
         options: dict[str, Any] = {}
@@ -116,7 +117,7 @@ class QuantizeOpenvino(Pass):
                 ),
             )  # fmt: skip
             _correct_bias(model, source_model, feeds)
-        quantized = _count(model, _is_matmul_of_int8)
+        quantized = _count(model, lambda node: is_product_of_weights(node) and _is_int8(node))
         if not quantized:
             raise RuntimeError(f"none of {eligible} matrix products was quantized")
         if self.mode == "weights" and TASKS[context.task].generates:
@@ -228,8 +229,17 @@ def is_matmul_of_weights(node: Any) -> bool:
     return bool(node.get_type_name() == "MatMul" and weight_of(node).get_type_name() == "Constant")
 
 
+def is_product_of_weights(node: Any) -> bool:
+    """The same, convolutions among them."""
+    return bool(node.get_type_name() in PRODUCTS and weight_of(node).get_type_name() == "Constant")
+
+
 def _is_matmul_of_int8(node: Any) -> bool:
-    return is_matmul_of_weights(node) and weight_of(node).get_element_type().size == 1
+    return is_matmul_of_weights(node) and _is_int8(node)
+
+
+def _is_int8(product: Any) -> bool:
+    return bool(weight_of(product).get_element_type().size == 1)
 
 
 def weight_of(node: Any) -> Any:

@@ -105,6 +105,7 @@ class Dimensions:
     layers: int = 0
     vocabulary: int = 0
     cache: int = 0  # numbers that the KV cache keeps of one token, over all layers
+    image: int = 0  # numbers of one image as the model takes it
 
 
 @dataclass(frozen=True)
@@ -161,21 +162,46 @@ class Artifact:
     digest: str  # content: sha256 over its files, known after
 
 
+class Form(Word):
+    """What a model is given, by how a cell of its workload is written."""
+
+    TOKENS = "BATCHxTOKENS"
+    PROMPTS = "BATCHxPROMPT+NEW"
+    IMAGES = "BATCH"  # each as large as the checkpoint's image processor makes it
+
+    @property
+    def words(self) -> str:
+        """As titles have it."""
+        return "batch of images" if self is Form.IMAGES else self.replace("x", " x ").lower()
+
+    @property
+    def reader(self) -> str:
+        """What a checkpoint makes inputs with."""
+        return "image processor" if self is Form.IMAGES else "tokenizer"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One point of the workload: what is timed as one call."""
 
     batch: int
-    sequence: int  # tokens, all of them real: no padding; of a generation, those of the prompt
+    sequence: int = 0  # tokens, all of them real: no padding; of a generation, those of the prompt; none of images
     new: int = 0  # tokens that are generated for each prompt; 0 is one forward pass
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.sequence}" + (f"+{self.new}" if self.new else "")
+        return f"{self.batch}" + (f"x{self.sequence}" if self.sequence else "") + (f"+{self.new}" if self.new else "")
+
+    @property
+    def form(self) -> Form:
+        """How it is written."""
+        if not self.sequence:
+            return Form.IMAGES
+        return Form.PROMPTS if self.new else Form.TOKENS
 
     @property
     def tokens(self) -> int:
-        """All that go through the model in one call."""
-        return self.batch * (self.sequence + self.new)
+        """All that go through the model in one call; an image counts as one."""
+        return self.batch * max(self.sequence + self.new, 1)
 
 
 @dataclass(frozen=True)
@@ -302,7 +328,9 @@ class Session(Protocol):
     inputs: tuple[str, ...]
 
     def run(self, batch: Batch) -> dict[str, Array]:
-        """One forward pass. Inputs are int64 arrays of [batch, sequence]; outputs are float32, by field name."""
+        """One forward pass. Inputs are int64 arrays of [batch, sequence]; images float32 of [batch, channels, height,
+        width]. Outputs are float32, by field name.
+        """
 
 
 class Generator(Protocol):

@@ -32,7 +32,8 @@ SCHEMA_VERSION = "2.4"
 FILE = "optimize.json"
 REPORT = "report.json"  # in a run's folder
 RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers",
-            "gguf", "torchao", "xllamacpp", "onnxruntime-genai", "openvino-genai", "openvino-tokenizers")  # fmt: skip
+            "gguf", "torchao", "xllamacpp", "onnxruntime-genai", "openvino-genai", "openvino-tokenizers",
+            "pillow")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Pass, Recipe, Target
+from optimize.pipeline.contract import Cell, Checkpoint, Form, Gates, Kind, Pass, Recipe, Target
 from optimize.pipeline.errors import RequestError, ToolchainError
 from optimize.pipeline.memory import DRIVER, GIB, MORE, Need, gib, what_would_fit, why_too_large
 from optimize.pipeline.recipe import UNCHANGED, parse, pass_text, recipe_text
@@ -18,6 +19,8 @@ from optimize.pipeline.versions import installed_version
 
 KEY_VERSION = 1  # bump when the meaning of keys changes
 DEFAULT_WORKLOAD = "1x32,1x128,8x128"
+WORKLOADS = {Form.TOKENS: "1x32,8x128", Form.PROMPTS: "1x32+32,1x512+16", Form.IMAGES: "1,8,32"}  # for example
+PARTS = {"BATCH": "batch", "TOKENS": "sequence", "PROMPT": "sequence", "NEW": "new"}  # of a form, and fields of a cell
 MAX_TOKENS = 1 << 20  # in one cell: more is a typing error, and would only end in an out-of-memory kill
 
 # bytes that running an artifact of that kind takes; the checkpoint's weight_bytes are the artifact's
@@ -93,14 +96,15 @@ class Plan:
     def describe(self, store: Store | None = None) -> str:
         """The plan as text: what golden tests hold, and with a store, what is cached and what will be built."""
         checkpoint, gates = self.checkpoint, self.gates
-        generates = self.workload[0].new > 0
+        form = self.workload[0].form
+        generates = form is Form.PROMPTS
         drop = "perplexity up by" if generates else "drop"
         revision = f"@{checkpoint.revision[:12]}" if checkpoint.revision else ""
         lines = [
             f"checkpoint  {checkpoint.name}{revision} ({checkpoint.architecture}, {checkpoint.task}, "
             f"{checkpoint.parameters / 1e6:.1f} M parameters, {checkpoint.dtype})",
             f"target      {self.target.name}: {self.target.device}, {_what_it_has(self.target)}",
-            f"workload    {', '.join(map(str, self.workload))} (batch x {'prompt+new' if generates else 'tokens'}), "
+            f"workload    {', '.join(map(str, self.workload))} ({form.words}), "
             f"timed for about {self.budget:.0f} s, longer on a slow host",
             f"evaluation  {self.evaluation}",
             f"gates       {drop} at most {gates.max_drop:g}, speedup above {gates.min_speedup:g}, "
@@ -136,7 +140,7 @@ def make_plan(
     recipes: Iterable[Recipe],
     *,
     workload: str = DEFAULT_WORKLOAD,
-    generates: bool = False,
+    form: Form = Form.TOKENS,
     gates: Gates | None = None,
     budget: float = 180.0,
     evaluation: str = "",
@@ -158,7 +162,7 @@ def make_plan(
         raise RequestError(f"--min-speedup {gates.min_speedup:g} is not above 0 and below 1000")
     if not 0 <= gates.max_load <= 1:
         raise RequestError(f"--max-load {gates.max_load:g} is not between 0 and 1")
-    cells = parse_workload(workload, checkpoint.max_length, generates=generates)
+    cells = parse_workload(workload, checkpoint.max_length, form)
     source_key = checkpoint_key(checkpoint)
 
     def with_keys(recipe: Recipe) -> PlannedRecipe:
@@ -239,28 +243,25 @@ def _check_reference_fits(reference: PlannedRecipe, baseline: int, target: Targe
         )
 
 
-def parse_workload(text: str, max_length: int, *, generates: bool = False) -> tuple[Cell, ...]:
-    """Read `1x32,8x128` (batch x tokens), or `1x32+64` (and new ones, for a model that `generates`).
-
-    Raises RequestError for what cannot be run.
-    """
-    cells = []
+def parse_workload(text: str, max_length: int, form: Form = Form.TOKENS) -> tuple[Cell, ...]:
+    """Read cells of that form, such as `1x32,8x128`. Raises RequestError for what cannot be run."""
+    pattern = re.sub("[A-Z]+", lambda part: rf"(?P<{PARTS[part[0]]}>\d+)", re.escape(form))
+    cells: list[Cell] = []
     for part in text.split(","):
-        batch, _, sequence = part.strip().partition("x")
-        sequence, plus, new = sequence.partition("+")
-        numbers = (batch, sequence, *([new] if plus else []))
-        if not all(number.isascii() and number.isdigit() for number in numbers) or bool(plus) is not generates:
-            form, example = ("BATCHxPROMPT+NEW", "1x32+32,1x512+16") if generates else ("BATCHxTOKENS", "1x32,8x128")
-            raise RequestError(f"--workload: {part!r} is not {form}", hint=f"for example {example}")
-        cell = Cell(int(batch), int(sequence), int(new or 0))
-        if generates and cell.new < 2:
+        match = re.fullmatch(pattern, part.strip(), re.ASCII)
+        if match is None:
+            raise RequestError(f"--workload: {part!r} is not {form}", hint=f"for example {WORKLOADS[form]}")
+        cell = Cell(**{name: int(number) for name, number in match.groupdict().items()})
+        if form is Form.PROMPTS and cell.new < 2:
             raise RequestError(f"--workload: {cell}: at least 2 new tokens, to tell the first from the rest")
-        if cell.batch < 1 or cell.sequence < 4:
-            raise RequestError(f"--workload: {cell}: at least a batch of 1 and 4 tokens (two of them are special)")
+        if form is Form.IMAGES and cell.batch < 1:
+            raise RequestError(f"--workload: {cell}: at least a batch of 1")
+        if form is not Form.IMAGES and (cell.batch < 1 or cell.sequence < 4):
+            raise RequestError(f"--workload: {part}: at least a batch of 1 and 4 tokens (two of them are special)")
         if cell.sequence + cell.new > max_length:
             raise RequestError(
                 f"--workload: {cell} is longer than the model's limit of {max_length} tokens",
-                hint="prompt and new tokens count together" if generates else "name a shorter one",
+                hint="prompt and new tokens count together" if cell.new else "name a shorter one",
             )
         if cell.tokens > MAX_TOKENS:
             raise RequestError(f"--workload: {cell} is more than {MAX_TOKENS} tokens in one call")
@@ -274,9 +275,9 @@ def shortened(workload: str, max_length: int) -> str:
     """A workload that nobody asked for, for a model that takes less: prompts are cut, cells that become one are one."""
     cells: dict[str, None] = {}
     for part in workload.split(","):
-        batch, _, tokens = part.partition("x")
+        batch, x, tokens = part.partition("x")
         sequence, plus, new = tokens.partition("+")
-        cells[f"{batch}x{min(int(sequence), max_length - int(new or 0))}{plus}{new}"] = None
+        cells[f"{batch}x{min(int(sequence), max_length - int(new or 0))}{plus}{new}" if x else part] = None
     return ",".join(cells)
 
 
@@ -346,7 +347,7 @@ def _reason(
             if _version(tool, environments.get(step.toolchain)) is None:
                 return f"{step.name} needs {tool}, which is not installed: pip install {tool}"
         if step.calibrated and calibration_digest is None:
-            return f"{step.name}: no calibration data"
+            return f"{step.name}: no calibration data (--data would give some)"
     return None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from optimize.pipeline.contract import DEFAULT, Kind, Meaning
+from pathlib import Path
+
+from optimize.pipeline.contract import DEFAULT, Form, Kind, Meaning
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.toolchain_files import read_toolchain
 
@@ -13,19 +15,33 @@ TOKENIZE = """from transformers import AutoTokenizer
 inputs = dict(AutoTokenizer.from_pretrained(".")(["Some text."], padding=True, return_tensors="{tensors}"))
 """
 
+PROCESS = """from PIL import Image
+from transformers import AutoImageProcessor
+
+image = Image.open("image.png").convert("{mode}")
+inputs = dict(AutoImageProcessor.from_pretrained(".", backend="pil")(images=[image], return_tensors="{tensors}"))
+"""
+# images are floats, and so in the dtype that the model computes in
+CAST = {
+    Kind.CHECKPOINT: "inputs = {name: value.to(model.dtype) for name, value in inputs.items()}\n",
+    Kind.AOTI: """dtype = getattr(torch, model.get_metadata()["dtype"])
+inputs = {name: value.to(dtype) for name, value in inputs.items()}
+""",
+}
+
 RUN = {
     Kind.CHECKPOINT: """import torch
 from transformers import {auto_class}
 
 model = {auto_class}.from_pretrained(".", dtype="auto").eval()
-with torch.inference_mode():
+{cast}with torch.inference_mode():
     outputs = model(**inputs)
 """,
     Kind.AOTI: """import torch
 
 model = torch._inductor.aoti_load_package("model.pt2")  # torch {torch}, on a processor like this one
 names = model.get_metadata()["inputs"].split(",")
-with torch.inference_mode():
+{cast}with torch.inference_mode():
     outputs = model(**{{name: inputs[name] for name in names}})
 """,
     Kind.TORCHSCRIPT: """import torch
@@ -231,6 +247,7 @@ GENERATES = {Kind.OPENVINO: LLM_PIPELINE, Kind.GGUF: SERVE, Kind.OLLAMA: OLLAMA,
 
 def usage(report: Report, kind: Kind, recipe: str) -> str:
     """Python that runs the emitted folder without this package, from inside it."""
+    from optimize.models.images import image_mode
     from optimize.models.tasks import TASKS
 
     if TASKS[report.checkpoint.task].generates:
@@ -238,12 +255,17 @@ def usage(report: Report, kind: Kind, recipe: str) -> str:
         prepare = (PACK if "quantize-torchao{mode=int4}" in recipe else "") + (COMPILE if compiles else "")
         options = ", compile_config=compiling" if compiles else ""
         return GENERATES.get(kind) or GENERATE.format(prepare=prepare, options=options)
-    tensors = "pt" if kind in TENSORS else "np"
-    auto_class = TASKS[report.checkpoint.task].auto_class
+    task = TASKS[report.checkpoint.task]
+    images = task.form is Form.IMAGES
+    tensors, mode = "pt" if kind in TENSORS else "np", image_mode(Path(report.checkpoint.folder)) if images else ""
+    given = (PROCESS if images else TOKENIZE).format(tensors=tensors, mode=mode)
     opened = PLUGGED_IN if "provider=tensorrt-rtx" in recipe else BUILT_IN
-    run = RUN[kind].format(auto_class=auto_class, torch=report.host.packages.get("torch"), open=opened)
+    run = RUN[kind].format(
+        auto_class=task.auto_class, torch=report.host.packages.get("torch"), open=opened,
+        cast=CAST.get(kind, "") if images else "",
+    )  # fmt: skip
     pooled = POOL[report.evaluation.pooling] if report.evaluation.pooling else ""
-    return TOKENIZE.format(tensors=tensors) + "\n" + run + pooled
+    return given + "\n" + run + pooled
 
 
 def install(report: Report, kind: Kind, recipe: str) -> str:
@@ -257,6 +279,7 @@ def install(report: Report, kind: Kind, recipe: str) -> str:
     versions = report.host.packages
     needed = [name for name in IMPORTS[kind] if name != "openvino-genai" or report.evaluation.meaning is Meaning.NEXT]
     quantizer = ("torchao",) if "quantize-torchao" in recipe else ()
-    wanted = [name for name in ("transformers", *needed, *quantizer) if name in versions]
+    reader = ("pillow",) if report.workload[0].form is Form.IMAGES else ()
+    wanted = [name for name in ("transformers", *reader, *needed, *quantizer) if name in versions]
     named = [f"{name}=={versions[name].partition('+')[0]}" for name in wanted]  # without a build's own label
     return f"pip install {' '.join(named)}"

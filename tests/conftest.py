@@ -180,6 +180,35 @@ def make_language_model(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpo
     return make
 
 
+@pytest.fixture(scope="session")
+def make_image_classifier(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """A seeded classifier of images of 16 x 16, with the processor that its family has; takes a class's name."""
+
+    def make(architecture: str = "ViTForImageClassification", **options: Any) -> Path:
+        import torch
+        import transformers
+
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                                 "intermediate_size": 96, "image_size": 16, "patch_size": 4}  # fmt: skip
+        if architecture == "ResNetForImageClassification":
+            sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
+        cls = getattr(transformers, architecture)
+        model = cls(cls.config_class(**(sizes | {"num_labels": 10} | options)))
+        folder = tmp_path_factory.mktemp("checkpoints") / f"tiny-{architecture}"
+        model.save_pretrained(folder)
+        processor = {
+            "image_processor_type": "ViTImageProcessor",
+            "size": {"height": 16, "width": 16},
+            "image_mean": [0.5] * model.config.num_channels,
+            "image_std": [0.5] * model.config.num_channels,
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        return folder
+
+    return make
+
+
 @functools.cache
 def language_tokenizer() -> Any:
     """Byte-level byte-pair encoding that splits digits, with a chat template."""

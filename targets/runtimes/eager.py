@@ -23,7 +23,7 @@ from optimize.passes.compile_generate import COMPILING
 from optimize.pipeline.contract import Array, Batch, Generation, Layers
 from optimize.targets.runtimes import weights_key
 from optimize.targets.runtimes.packing import pack_int4
-from optimize.targets.runtimes.tensors import to_numpy
+from optimize.targets.runtimes.tensors import to_numpy, to_torch
 
 FRAMES = 3  # modules that are shown of an overflow: the one that overflows, and those before it
 
@@ -38,7 +38,8 @@ class EagerSession:
 
     def run(self, batch: Batch) -> dict[str, Array]:
         with torch.inference_mode():
-            outputs = self.model(**{name: torch.from_numpy(array).to(self.device) for name, array in batch.items()})
+            inputs = {name: to_torch(array, self.model.dtype).to(self.device) for name, array in batch.items()}
+            outputs = self.model(**inputs)
         return {name: to_numpy(value) for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
     def work(self, batch: Batch) -> dict[str, int]:
@@ -172,7 +173,7 @@ def layers(path: Path, task: str, batches: Sequence[Batch]) -> Layers:
         outputs[-1][key] = to_numpy(output)
         weight: Any = getattr(module, "weight", None)
         plain = type(weight) is torch.nn.Parameter  # torchao's are of types of their own
-        if plain and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding):
+        if plain and weight.dim() >= 2 and not isinstance(module, torch.nn.Embedding):
             products[key] = weights_key(to_numpy(weight.detach()))
 
     leaves = [(name, module) for name, module in session.model.named_modules() if not list(module.children())]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from optimize.models.encoding import BATCH_SIZES
 from optimize.models.language import WINDOW
 from optimize.models.tasks import TASKS
-from optimize.pipeline.contract import Cell, Checkpoint, Kind
+from optimize.pipeline.contract import Cell, Checkpoint, Form, Kind
 from optimize.pipeline.memory import EAGER, MIB
 
 # kind -> bytes without weights, and how often the artifact's weights are resident: mapped from the file, and once more
@@ -32,6 +32,7 @@ RESIDENT = {
     Kind.CUDA_GRAPHS: (3000 * MIB, 1.0),  # on the host
 }
 LOGITS = 4  # copies of a window's logits, while it is scored
+FEATURES = 40  # numbers that are alive at once for each one of an image, at most: the first layers of a wide ResNet
 
 
 def running_memory(kind: Kind, checkpoint: Checkpoint, workload: Sequence[Cell]) -> int:
@@ -46,6 +47,9 @@ def running_memory(kind: Kind, checkpoint: Checkpoint, workload: Sequence[Cell])
 def _working(checkpoint: Checkpoint, workload: Sequence[Cell]) -> int:
     """Activations, logits and KV cache, in float32; attention does not write down scores of pairs of tokens."""
     sizes, task = checkpoint.dimensions, TASKS[checkpoint.task]
+    if task.form is Form.IMAGES:
+        images = max(max(BATCH_SIZES), *(cell.batch for cell in workload))
+        return 4 * sizes.image * (FEATURES * images + 2 * (task.examples or 0))  # what it is judged on is held, too
     window = min(WINDOW, checkpoint.max_length)
     rows = 1 if task.generates else max(BATCH_SIZES)
     tokens = max(rows * window, *(cell.batch * cell.sequence for cell in workload))
