@@ -46,7 +46,8 @@ What has no line above is not in this version. What is, but was never run, or on
 | OpenVINO Model Server | not run here: a language model in OpenVINO is run by openvino-genai |
 | Ollama | written after its documentation and source of August 2026; only run against a stand-in, never a real Ollama |
 | image classifiers | on a processor: ViT, ResNet and ConvNeXT; not on a GPU, and not in a toolchain |
-| encoder-decoders, audio | not in this version: no task for them |
+| speech models | on a processor: Whisper; not on a GPU, and not in a toolchain; no timestamps, no clips in parts |
+| other encoder-decoders, CTC | not in this version: no task for them |
 | huggingface.co itself | hub ids are tested against a local server that answers the hub's API only |
 | Xet transfers | left to huggingface_hub; the local server does not offer them |
 | datasets on the hub (`--data NAME:SPLIT`) | written; only the refusal, and one that was made here, are tested |
@@ -100,7 +101,9 @@ def support_page() -> str:
         for what, texts, later in (
             ("", module.RECIPES, module.BY_NAME),
             (", language models", module.GENERATING, module.BY_NAME),
+            (", speech models", getattr(module, "TRANSCRIBING", {}), frozenset()),
         )
+        if texts
     ]
     parts.append(_table(("target", "recipes"), rows))
     parts.append("## Tasks\n")

@@ -27,6 +27,7 @@ BRINGS = {
     Form.TOKENS: TOKENIZER,
     Form.PROMPTS: TOKENIZER,
     Form.IMAGES: (("preprocessor_config.json",), "AutoImageProcessor"),
+    Form.CLIPS: (("preprocessor_config.json",), "AutoFeatureExtractor"),
 }
 IMAGE = 224  # pixels of a side, where a config does not say: as in ImageNet
 # model types whose positions start at padding + 1
@@ -80,14 +81,15 @@ def resolve(model: str, task: str | None = None, *, memory: int | None = None) -
 
 def _check_form(folder: Path, config: Mapping[str, Any], architecture: str, form: Form) -> None:
     """Raise CheckpointError for a model of another form than the task's, or without what makes its inputs."""
-    if form is not Form.IMAGES and (config.get("is_encoder_decoder") or "image_size" in config):
+    if form in (Form.TOKENS, Form.PROMPTS) and (config.get("is_encoder_decoder") or "image_size" in config):
         raise CheckpointError(f"{architecture} is no text encoder: this version lowers text encoders only")
-    files, maker = BRINGS[form]
-    if not any(any(folder.glob(pattern)) for pattern in files):
-        raise CheckpointError(
-            f"{folder} has no {form.reader} ({', '.join(files)})",
-            hint=f"save it there: {maker}.from_pretrained(ID).save_pretrained(FOLDER)",
-        )
+    wanted = {form.reader: BRINGS[form]} | ({"tokenizer": TOKENIZER} if form is Form.CLIPS else {})
+    for name, (files, maker) in wanted.items():
+        if not any(any(folder.glob(pattern)) for pattern in files):
+            raise CheckpointError(
+                f"{folder} has no {name} ({', '.join(files)})",
+                hint=f"save it there: {maker}.from_pretrained(ID).save_pretrained(FOLDER)",
+            )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -130,7 +132,8 @@ def max_length(folder: Path, config: Mapping[str, Any]) -> int:
     """The longest sequence that both the model's positions and its tokenizer take, in tokens."""
     try:
         named = (config.get(name) for name in ("max_position_embeddings", "n_positions"))
-        positions = int(next((each for each in named if each is not None), 512))
+        written = config.get("max_target_positions")  # of which a transcription's beginning takes four at most
+        positions = int(next((each for each in named if each is not None), 512 if written is None else written - 4))
         if config.get("model_type") in POSITION_OFFSET:
             padding = config.get("pad_token_id")
             positions -= (1 if padding is None else int(padding)) + 1
@@ -200,6 +203,7 @@ def dimensions(config: Mapping[str, Any]) -> Dimensions:
         hidden, size("intermediate_size", "n_inner", "hidden_dim", "ffn_dim") or 4 * hidden, layers,
         size("vocab_size"), 2 * layers * width * (size("num_key_value_heads") or heads),
         size("num_channels") * (size("image_size") or IMAGE) ** 2,
+        2 * size("num_mel_bins") * size("max_source_positions"),
     )  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from optimize.models.cells import READERS, read_label, read_text
 from optimize.models.files import read_rows
-from optimize.models.images import DRAWN
-from optimize.models.tasks import TASKS, Labelled, Task
+from optimize.models.images import DRAWN as DRAWN_IMAGES
+from optimize.models.speech import DRAWN as DRAWN_SOUNDS
+from optimize.models.tasks import TASKS, TRANSCRIPT, Labelled, Task
 from optimize.pipeline.contract import Form, LabelKind, Labels
 from optimize.pipeline.errors import RequestError
 
@@ -26,9 +27,16 @@ MAX_EVALUATION = 1024
 MAX_LABELLED = 4500  # as many as resolve the default gate where no answer changes
 MAX_QUESTIONS = 450  # likewise, of a language model, whose gate is wider and whose questions take longer
 MIN_EVALUATION = 8
+DRAWN = {  # how many, and what they are, in words
+    Form.IMAGES: (
+        DRAWN_IMAGES, "drawn images (gradients, shapes, waves and noise, the same ones each time: no photographs)"
+    ),
+    Form.CLIPS: (DRAWN_SOUNDS, "drawn sounds (a buzzing voice and noise, the same ones each time: no speech)"),
+}  # fmt: skip
 ALIASES = {
     "text": ("text", "sentence", "sentence1"),
     "text_pair": ("text_pair", "sentence2"),
+    "transcript": TRANSCRIPT,
     "query": ("query", "question", "ctx", "context"),  # all that a language model reads before it answers
 }
 
@@ -70,13 +78,13 @@ def read_examples(data: str | None, task: Task, id2label: Mapping[int, str] | No
     Raises RequestError for files that cannot be read, missing columns, empty or non-text cells, and labels that are
     none or that the model lacks.
     """
-    if data is None and task.form is Form.IMAGES:
-        source = "drawn images (gradients, shapes, waves and noise, the same ones each time: no photographs)"
-        return Examples(source, tuple({"image": {"drawn": index}} for index in range(DRAWN)), ())
+    if data is None and task.form in DRAWN:
+        count, source = DRAWN[task.form]
+        return Examples(source, tuple({task.columns[0]: {"drawn": index}} for index in range(count)), ())
     rows = _shipped(task) if data is None else read_rows(data)
     labelled, label = (None, "") if data is None else _labelled(rows, task)
     asks = labelled is not None and labelled.kind.of_questions
-    if task.generates:
+    if task.form is Form.PROMPTS:
         _check_one_form(rows, labelled, data, task)
     columns = {column: _column(rows, column, data, task) for column in (labelled or task).columns}
     pair = next((name for name in ALIASES["text_pair"] if rows and name in rows[0]), None)
@@ -116,11 +124,11 @@ def _split(
 ) -> tuple[list[tuple[Row, Any]], list[Row]]:
     """Rows with labels to evaluate, and inputs to calibrate with: every third row's, but none that is evaluated.
 
-    A language model's questions do not calibrate.
+    A language model's questions do not calibrate, and nothing that is made of a speech model is calibrated.
     """
     if labelled and labelled.kind.of_questions:
         return [kept[index] for index in _some(range(len(kept)), MAX_QUESTIONS)], []
-    calibrating = set(_some(range(1, len(kept), 3), MAX_CALIBRATION))
+    calibrating = set() if task.form is Form.CLIPS else set(_some(range(1, len(kept), 3), MAX_CALIBRATION))
     inputs_of_a_row = len(labelled.columns) if labelled and labelled.apart else 1
     most = (task.examples or (MAX_LABELLED if labelled else MAX_EVALUATION)) // inputs_of_a_row
     evaluation = [kept[index] for index in _some([each for each in range(len(kept)) if each not in calibrating], most)]

@@ -11,7 +11,7 @@ from typing import Any
 from optimize.pipeline.errors import RequestError
 
 MAX_CELL = 1 << 24  # characters of one cell of a .csv
-FILES = ("image",)  # columns whose text is the path of a file
+FILES = ("image", "audio")  # columns whose text is the path of a file
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 Row = Mapping[str, Any]
@@ -107,8 +107,8 @@ def _hub_dataset(data: str) -> list[Row]:
     try:
         loaded = datasets.load_dataset(name, split=split or "test", streaming=False)
         for column, feature in loaded.features.items():
-            if isinstance(feature, datasets.Image):
-                loaded = loaded.cast_column(column, datasets.Image(decode=False))
+            if isinstance(feature, (datasets.Image, datasets.Audio)):
+                loaded = loaded.cast_column(column, type(feature)(decode=False))
         return _classes_by_name(list(loaded), loaded.features.to_dict())
     except Exception as error:  # the library raises a dozen unrelated types for what is one thing to the user
         raise RequestError(

@@ -55,7 +55,7 @@ class Task:
 
     @property
     def generates(self) -> bool:
-        """Whether it is a language model's, which writes on."""
+        """Whether it writes tokens one after the other: a language model's, or a speech model's."""
         return self.meaning is Meaning.NEXT
 
     @property
@@ -89,11 +89,12 @@ class Encoder(Protocol):
         """Two examples to trace a model with: a batch of one would be traced as a constant."""
 
 
-ENCODERS = {Form.TOKENS: "encoding", Form.PROMPTS: "language", Form.IMAGES: "images"}
+ENCODERS = {Form.TOKENS: "encoding", Form.PROMPTS: "language", Form.IMAGES: "images", Form.CLIPS: "speech"}
 
 HIDDEN = {"last_hidden_state": (BATCH, SEQUENCE, FEATURES)}
 GENERATES = ("ForCausalLM", "LMHeadModel")  # endings of the names of language models that write on
 HEADS = ("HeadModel", "HeadsModel")  # endings of names that are no bare encoders'
+TRANSCRIPT = ("transcript", "text", "sentence", "transcription")  # what a column of them may be called
 PER_TOKEN = {"logits": (BATCH, SEQUENCE, FEATURES)}
 
 TASKS = {
@@ -139,6 +140,12 @@ TASKS = {
             {"logits": (BATCH, FEATURES)}, "ImageClassifierOutput", meaning=Meaning.CHOICE,
             labelled=(Labelled(LabelKind.CLASS, ("image",), ("label",)),), form=Form.IMAGES, workload="1,8,32",
             examples=512,
+        ),
+        Task(
+            "automatic-speech-recognition", "AutoModelForSpeechSeq2Seq", ("WhisperForConditionalGeneration",),
+            ("audio",), {}, "Seq2SeqLMOutput", meaning=Meaning.NEXT, form=Form.CLIPS, workload="1+32,4+32",
+            max_drop=0.01, budget="5m", examples=64,
+            labelled=(Labelled(LabelKind.TRANSCRIPT, ("audio", "transcript"), TRANSCRIPT),),
         ),
     )
 }  # fmt: skip

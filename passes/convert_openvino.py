@@ -12,10 +12,13 @@ from optimize.models.encoding import load_tokenizer
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
 from optimize.models.tasks import TASKS
 from optimize.passes._openvino_rewrites import spell_out_repeats
+from optimize.passes._openvino_speech import ENCODER, save_speech_model
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass
 from optimize.pipeline.memory import FRAMEWORKS, MIB
 
 IR = "openvino_model.xml"
+EXACT_CACHE = {"KV_CACHE_PRECISION": "f32"}  # of speech: OpenVINO's own choice moved logits by 0.3% of the largest
+DECODING = ("config.json", "generation_config.json")  # what a speech model's tokens have to keep to
 TOKENIZERS = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")
 RUNTIME_OPTIONS = "runtime.json"  # properties that the runtime compiles the model with; OpenVINO has no place for them
 
@@ -56,6 +59,13 @@ class ConvertOpenvino(Pass):
 
         model = load_model(source.path, context.task, "float32")
         inputs = sample_inputs(source.path, context.task)
+        if TASKS[context.task].form is Form.CLIPS:
+            operations = save_speech_model(model, inputs, out / ENCODER, out / IR)
+            for name in DECODING:
+                if (source.path / name).is_file():
+                    shutil.copyfile(source.path / name, out / name)
+            write_runtime_options(out, "f32", **EXACT_CACHE)
+            return {"operations": operations}
         if TASKS[context.task].generates:
             # one program for prompts and steps alike, which keeps its KV cache itself: what openvino-genai runs
             prompts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -96,13 +106,19 @@ def save_tokenizers(folder: Path, out: Path) -> None:
         openvino.save_model(graph, out / name, compress_to_fp16=False)
 
 
-def carry_tokenizers(folder: Path, out: Path) -> None:
-    """Copy the tokenizers along, where there are any."""
-    for path in (each for name in TOKENIZERS for each in folder.glob(Path(name).stem + ".*")):
+def graphs(folder: Path) -> list[str]:
+    """The files of a folder's models: two of speech."""
+    return [name for name in (IR, ENCODER) if (folder / name).is_file()]
+
+
+def carry_along(folder: Path, out: Path) -> None:
+    """Copy what lies beside the models: graphs of a tokenizer, and what a speech model keeps to."""
+    beside = [each for name in TOKENIZERS for each in folder.glob(Path(name).stem + ".*")]
+    for path in (*beside, *(folder / name for name in DECODING if (folder / name).is_file())):
         shutil.copyfile(path, out / path.name)
 
 
-def write_runtime_options(out: Path, precision: str, **more: int) -> None:
+def write_runtime_options(out: Path, precision: str, **more: int | str) -> None:
     """Write down all that the gate runs it with, but for the number of threads; `precision` is "f32" or "bf16".
 
     Always: left to itself, OpenVINO runs a float32 model in bfloat16 wherever the processor can.

@@ -18,9 +18,9 @@ from optimize.passes._openvino_rewrites import (
     smooth_activations,
 )
 from optimize.passes._sensitivity import SAMPLES, check_options, noisiest
-from optimize.passes.convert_openvino import IR, carry_tokenizers, write_runtime_options
+from optimize.passes.convert_openvino import EXACT_CACHE, IR, carry_along, graphs, write_runtime_options
 from optimize.pipeline.batches import Encoded, load_batches
-from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass, Target
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.memory import FRAMEWORKS
 
@@ -68,14 +68,17 @@ class QuantizeOpenvino(Pass):
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         if self.mode == "static" and TASKS[checkpoint.task].generates:
-            return "int8 activations of language models are not written yet: mode=weights or mode=int4"
-        if self.smooth and not TASKS[checkpoint.task].generates:
+            return "int8 activations of language and speech models are not written yet: mode=weights"
+        if self.mode == "int4" and TASKS[checkpoint.task].form is Form.CLIPS:
+            return "four bits are for language models"
+        if self.smooth and TASKS[checkpoint.task].form is not Form.PROMPTS:
             return "smooth is for language models"
         return None
 
     def memory(self, checkpoint: Checkpoint) -> int:
         # what is read is mapped, and compiled for the calibration; what is written is whole in memory
-        copies = {"weights": 3.6 if self.smooth else 1.5, "int4": 3.0, "static": 4.0}[self.mode]
+        speech = TASKS[checkpoint.task].form is Form.CLIPS  # two models, one after the other
+        copies = {"weights": 3.6 if self.smooth or speech else 1.5, "int4": 3.0, "static": 4.0}[self.mode]
         return FRAMEWORKS + int(copies * 4 * checkpoint.parameters)
 
     def weight_bytes(self, checkpoint: Checkpoint) -> int:
@@ -120,11 +123,19 @@ class QuantizeOpenvino(Pass):
         quantized = _count(model, lambda node: is_product_of_weights(node) and _is_int8(node))
         if not quantized:
             raise RuntimeError(f"none of {eligible} matrix products was quantized")
-        if self.mode == "weights" and TASKS[context.task].generates:
+        if self.mode == "weights" and TASKS[context.task].form is Form.PROMPTS:
             facts["merged"] = merge_products(model)
         openvino.save_model(model, out / IR, compress_to_fp16=False)
+        for name in graphs(source.path)[1:]:  # of speech, whose weights alone are quantized
+            beside = openvino.Core().read_model(source.path / name)
+            eligible += _count(beside, is_product_of_weights)
+            beside = nncf.compress_weights(beside, mode=nncf.CompressWeightsMode.INT8_ASYM)
+            quantized += _count(beside, lambda node: is_product_of_weights(node) and _is_int8(node))
+            openvino.save_model(beside, out / name, compress_to_fp16=False)
+        if TASKS[context.task].form is Form.CLIPS:
+            options |= EXACT_CACHE
         write_runtime_options(out, "f32", **options)
-        carry_tokenizers(source.path, out)
+        carry_along(source.path, out)
         return {"quantized": quantized, "eligible": eligible, "kept": kept, **facts}
 
 

@@ -14,6 +14,7 @@ Encoded = dict[str, NDArray[Any]]  # input or output name -> array
 # what a batch may have beside inputs, under names that no model's input can have
 FIRST = "language.first"  # the index of the first token that is scored: of a window, or of each choice of a question
 NEW = "language.new"  # of prompts: how many tokens are generated for each
+SOUND = "input_features"  # what a batch of clips has, under the name that speech models call it by
 UNTIMED = "language.untimed"  # prompts that are judged and belong to no cell of the workload
 
 

@@ -45,7 +45,8 @@ def _table(speed: Speed) -> str:
 
 
 def _generation_table(speed: Speed) -> str:
-    rows = ["| batch x prompt+new | to the first token, ms | speedup | tokens/s after it | speedup | all | ",
+    form = speed.cells[0].cell.form.words
+    rows = [f"| {form} | to the first token, ms | speedup | tokens/s after it | speedup | all | ",
             "|---|---|---|---|---|---|"]  # fmt: skip
     for cell in speed.cells:
         assert cell.first is not None and cell.rest is not None

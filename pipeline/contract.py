@@ -75,6 +75,7 @@ class LabelKind(Word):
     ANSWERS = "answers"  # every text that is right; of none, the question cannot be answered
     CHOICE = "choice"  # the right one of a question's choices, by index
     TARGETS = "targets"  # every text that is right, of which a language model writes one
+    TRANSCRIPT = "transcript"  # what is said
 
     @property
     def names_classes(self) -> bool:
@@ -106,6 +107,7 @@ class Dimensions:
     vocabulary: int = 0
     cache: int = 0  # numbers that the KV cache keeps of one token, over all layers
     image: int = 0  # numbers of one image as the model takes it
+    clip: int = 0  # likewise of one sound
 
 
 @dataclass(frozen=True)
@@ -168,16 +170,18 @@ class Form(Word):
     TOKENS = "BATCHxTOKENS"
     PROMPTS = "BATCHxPROMPT+NEW"
     IMAGES = "BATCH"  # each as large as the checkpoint's image processor makes it
+    CLIPS = "BATCH+NEW"  # sounds, each as long as the model hears at once, and the tokens that are written of it
 
     @property
     def words(self) -> str:
         """As titles have it."""
-        return "batch of images" if self is Form.IMAGES else self.replace("x", " x ").lower()
+        named = {Form.IMAGES: "batch of images", Form.CLIPS: "batch of clips + new tokens"}
+        return named.get(self) or self.replace("x", " x ").lower()
 
     @property
     def reader(self) -> str:
         """What a checkpoint makes inputs with."""
-        return "image processor" if self is Form.IMAGES else "tokenizer"
+        return {Form.IMAGES: "image processor", Form.CLIPS: "feature extractor"}.get(self, "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,9 @@ class Cell:
     """One point of the workload: what is timed as one call."""
 
     batch: int
-    sequence: int = 0  # tokens, all of them real: no padding; of a generation, those of the prompt; none of images
+    sequence: int = (
+        0  # tokens, all of them real: no padding; of a generation, those of the prompt; 0 of images and clips
+    )
     new: int = 0  # tokens that are generated for each prompt; 0 is one forward pass
 
     def __str__(self) -> str:
@@ -195,7 +201,7 @@ class Cell:
     def form(self) -> Form:
         """How it is written."""
         if not self.sequence:
-            return Form.IMAGES
+            return Form.CLIPS if self.new else Form.IMAGES
         return Form.PROMPTS if self.new else Form.TOKENS
 
     @property
@@ -350,6 +356,22 @@ class Generator(Protocol):
 
     def step(self, tokens: Array) -> Array:
         """Append one token to each sequence, [batch]: the logits of what comes next, [batch, vocabulary]."""
+
+
+class Transcriber(Protocol):
+    """A live speech model in a worker process: a Generator whose prompts are clips, float32 of [mels, frames] each.
+
+    What a transcription begins with is the checkpoint's own; what it never writes is far below all else in the logits.
+    """
+
+    def logits(self, clip: Array, tokens: Array) -> Array:
+        """Of the positions before each of `tokens` of a transcription, [sequence]: [sequence, vocabulary]."""
+
+    def prefill(self, clips: Sequence[Array], room: int) -> Array:
+        """Begin anew: the logits of each transcription's first token, [batch, vocabulary]."""
+
+    def step(self, tokens: Array) -> Array:
+        """As a Generator's."""
 
 
 @dataclass(frozen=True)

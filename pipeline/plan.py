@@ -19,7 +19,9 @@ from optimize.pipeline.versions import installed_version
 
 KEY_VERSION = 1  # bump when the meaning of keys changes
 DEFAULT_WORKLOAD = "1x32,1x128,8x128"
-WORKLOADS = {Form.TOKENS: "1x32,8x128", Form.PROMPTS: "1x32+32,1x512+16", Form.IMAGES: "1,8,32"}  # for example
+# for example
+WORKLOADS = {Form.TOKENS: "1x32,8x128", Form.PROMPTS: "1x32+32,1x512+16", Form.IMAGES: "1,8,32",
+             Form.CLIPS: "1+32,4+32"}  # fmt: skip
 PARTS = {"BATCH": "batch", "TOKENS": "sequence", "PROMPT": "sequence", "NEW": "new"}  # of a form, and fields of a cell
 MAX_TOKENS = 1 << 20  # in one cell: more is a typing error, and would only end in an out-of-memory kill
 
@@ -97,7 +99,7 @@ class Plan:
         """The plan as text: what golden tests hold, and with a store, what is cached and what will be built."""
         checkpoint, gates = self.checkpoint, self.gates
         form = self.workload[0].form
-        generates = form is Form.PROMPTS
+        generates = form in (Form.PROMPTS, Form.CLIPS)
         drop = "perplexity up by" if generates else "drop"
         revision = f"@{checkpoint.revision[:12]}" if checkpoint.revision else ""
         lines = [
@@ -252,11 +254,11 @@ def parse_workload(text: str, max_length: int, form: Form = Form.TOKENS) -> tupl
         if match is None:
             raise RequestError(f"--workload: {part!r} is not {form}", hint=f"for example {WORKLOADS[form]}")
         cell = Cell(**{name: int(number) for name, number in match.groupdict().items()})
-        if form is Form.PROMPTS and cell.new < 2:
+        if form in (Form.PROMPTS, Form.CLIPS) and cell.new < 2:
             raise RequestError(f"--workload: {cell}: at least 2 new tokens, to tell the first from the rest")
-        if form is Form.IMAGES and cell.batch < 1:
+        if form in (Form.IMAGES, Form.CLIPS) and cell.batch < 1:
             raise RequestError(f"--workload: {cell}: at least a batch of 1")
-        if form is not Form.IMAGES and (cell.batch < 1 or cell.sequence < 4):
+        if form in (Form.TOKENS, Form.PROMPTS) and (cell.batch < 1 or cell.sequence < 4):
             raise RequestError(f"--workload: {part}: at least a batch of 1 and 4 tokens (two of them are special)")
         if cell.sequence + cell.new > max_length:
             raise RequestError(

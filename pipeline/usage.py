@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from optimize.pipeline.contract import DEFAULT, Form, Kind, Meaning
+from optimize.pipeline.contract import DEFAULT, Form, Kind
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.toolchain_files import read_toolchain
 
@@ -245,11 +245,64 @@ GENERATES = {Kind.OPENVINO: LLM_PIPELINE, Kind.GGUF: SERVE, Kind.OLLAMA: OLLAMA,
              Kind.TENSORRT_LLM: TENSORRT_LLM}  # fmt: skip
 
 
+HEAR = """import soundfile
+from transformers import AutoFeatureExtractor, AutoTokenizer
+
+samples, rate = soundfile.read("clip.wav", dtype="float32")  # one channel, at the rate that the extractor asks for
+extractor, tokenizer = AutoFeatureExtractor.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+features = extractor(samples, sampling_rate=rate, return_tensors="{tensors}")["input_features"]
+"""
+TRANSCRIBES = {
+    Kind.CHECKPOINT: HEAR.format(tensors="pt")
+    + """
+from transformers import AutoModelForSpeechSeq2Seq
+
+model = AutoModelForSpeechSeq2Seq.from_pretrained(".", dtype="auto").eval()
+print(tokenizer.decode(model.generate(features.to(model.dtype))[0], skip_special_tokens=True))
+""",
+    Kind.OPENVINO: HEAR.format(tensors="np")
+    + """
+import json
+import numpy as np
+import openvino
+
+options, core = json.load(open("runtime.json")), openvino.Core()
+encoder, decoder = (core.compile_model(name, "CPU", options).create_infer_request()
+                    for name in ("openvino_encoder.xml", "openvino_model.xml"))
+encoder.infer({{0: features}})
+place = lambda state: (int(state.name.rsplit("layers.", 1)[1].split(".")[0]), state.name.endswith("values"))
+crossed = sorted((state for state in decoder.query_state() if "cross_attention_cache" in state.name), key=place)
+for index, state in enumerate(crossed):
+    state.state = encoder.get_output_tensor(index)
+
+def logits(token):
+    decoder.infer({{"decoder_input_ids": np.array([[token]]), "beam_idx": np.zeros(1, np.int32)}})
+    found = decoder.get_output_tensor(0).data[0, -1].copy()
+    found[{never}] = -np.inf  # what the checkpoint never writes
+    return found
+
+for token in {prompt}:  # what every transcription begins with
+    found = logits(token)
+found[{never_first}] = -np.inf
+tokens = [found.argmax()]
+while tokens[-1] != {end} and len(tokens) < 128:
+    tokens.append(logits(tokens[-1]).argmax())
+print(tokenizer.decode(tokens, skip_special_tokens=True))
+""",
+}
+
+
 def usage(report: Report, kind: Kind, recipe: str) -> str:
     """Python that runs the emitted folder without this package, from inside it."""
     from optimize.models.images import image_mode
+    from optimize.models.speech import read_decoding
     from optimize.models.tasks import TASKS
 
+    if report.workload[0].form is Form.CLIPS:
+        said = read_decoding(Path(report.checkpoint.folder))
+        return TRANSCRIBES[kind].format(
+            prompt=list(said.prompt), end=said.end, never=list(said.never), never_first=list(said.never_first)
+        )
     if TASKS[report.checkpoint.task].generates:
         compiles = "compile-generate" in recipe
         prepare = (PACK if "quantize-torchao{mode=int4}" in recipe else "") + (COMPILE if compiles else "")
@@ -277,9 +330,10 @@ def install(report: Report, kind: Kind, recipe: str) -> str:
         had = report.host.toolchains[kind.toolchain].packages
         return f"pip install {' '.join(f'{name}=={had[name]}' for name in toolchain.provides if name in had)}"
     versions = report.host.packages
-    needed = [name for name in IMPORTS[kind] if name != "openvino-genai" or report.evaluation.meaning is Meaning.NEXT]
+    prompts = report.workload[0].form is Form.PROMPTS
+    needed = [name for name in IMPORTS[kind] if name != "openvino-genai" or prompts]
     quantizer = ("torchao",) if "quantize-torchao" in recipe else ()
-    reader = ("pillow",) if report.workload[0].form is Form.IMAGES else ()
+    reader = {Form.IMAGES: ("pillow",), Form.CLIPS: ("soundfile",)}.get(report.workload[0].form, ())
     wanted = [name for name in ("transformers", *reader, *needed, *quantizer) if name in versions]
     named = [f"{name}=={versions[name].partition('+')[0]}" for name in wanted]  # without a build's own label
     return f"pip install {' '.join(named)}"

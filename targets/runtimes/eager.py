@@ -20,7 +20,7 @@ from transformers import StoppingCriteria
 from optimize.models.loading import is_quantized, load_model
 from optimize.models.tasks import TASKS
 from optimize.passes.compile_generate import COMPILING
-from optimize.pipeline.contract import Array, Batch, Generation, Layers
+from optimize.pipeline.contract import Array, Batch, Form, Generation, Layers
 from optimize.targets.runtimes import weights_key
 from optimize.targets.runtimes.packing import pack_int4
 from optimize.targets.runtimes.tensors import to_numpy, to_torch
@@ -150,6 +150,11 @@ def open_session(path: Path, task: str, cores: int, device: str = "cpu") -> Eage
         pack_int4(model)
     if not TASKS[task].generates:
         return EagerSession(model)
+    if TASKS[task].form is Form.CLIPS:
+        from optimize.models.speech import read_decoding
+        from optimize.targets.runtimes.transcribing import EagerTranscriber
+
+        return EagerTranscriber(model, read_decoding(path), device)
     model.generation_config.eos_token_id = None  # a text that ends early would be timed as a fast one
     model.generation_config.pad_token_id = 0
     if (path / COMPILING).is_file():

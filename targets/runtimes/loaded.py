@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from optimize.pipeline.errors import RequestError
 from optimize.pipeline.manifest import Manifest, read_intact
 from optimize.targets.runtimes import TEXTUAL, open_session, token_ids
 from optimize.targets.runtimes.loaded_generator import LoadedGenerator
+from optimize.targets.runtimes.loaded_transcriber import LoadedTranscriber
 
 
 class LoadedModel:
@@ -126,7 +128,7 @@ class LoadedImageModel(LoadedModel):
         return encode_sample(self._folder)[PIXELS].shape[1:]
 
 
-def load(folder: Path) -> LoadedModel | LoadedGenerator:
+def load(folder: Path) -> LoadedModel | LoadedGenerator | LoadedTranscriber:
     """Open an emitted folder after checking every file that is used. Raises ArtifactError if one is damaged."""
     manifest = read_intact(folder)
     if manifest.kind in TEXTUAL:
@@ -139,7 +141,12 @@ def load(folder: Path) -> LoadedModel | LoadedGenerator:
             f"{manifest.kind} runs in the toolchain {manifest.kind.toolchain} alone, not in this Python",
             hint=f"{folder}/README.md has the lines that run it there; optimize verify {folder} checks it",
         )
-    if TASKS[manifest.report.checkpoint.task].generates:
-        return LoadedGenerator(folder, manifest)
-    images = TASKS[manifest.report.checkpoint.task].form is Form.IMAGES
-    return (LoadedImageModel if images else LoadedModel)(folder, manifest)
+    return LOADED[TASKS[manifest.report.checkpoint.task].form](folder, manifest)
+
+
+LOADED: dict[Form, Callable[[Path, Manifest], LoadedModel | LoadedGenerator | LoadedTranscriber]] = {
+    Form.TOKENS: LoadedModel,
+    Form.PROMPTS: LoadedGenerator,
+    Form.IMAGES: LoadedImageModel,
+    Form.CLIPS: LoadedTranscriber,
+}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from optimize.models.encoding import BATCH_SIZES
 from optimize.models.language import WINDOW
+from optimize.models.speech import WRITTEN
 from optimize.models.tasks import TASKS
 from optimize.pipeline.contract import Cell, Checkpoint, Form, Kind
 from optimize.pipeline.memory import EAGER, MIB
@@ -31,6 +32,7 @@ RESIDENT = {
     Kind.TENSORRT_LLM: (EAGER, 2.0),
     Kind.CUDA_GRAPHS: (3000 * MIB, 1.0),  # on the host
 }
+HEARD = 1500  # positions of the encoder for one clip
 LOGITS = 4  # copies of a window's logits, while it is scored
 FEATURES = 40  # numbers that are alive at once for each one of an image, at most: the first layers of a wide ResNet
 
@@ -47,6 +49,15 @@ def running_memory(kind: Kind, checkpoint: Checkpoint, workload: Sequence[Cell])
 def _working(checkpoint: Checkpoint, workload: Sequence[Cell]) -> int:
     """Activations, logits and KV cache, in float32; attention does not write down scores of pairs of tokens."""
     sizes, task = checkpoint.dimensions, TASKS[checkpoint.task]
+    if task.form is Form.CLIPS:  # the encoder reads half as many positions as there are frames
+        clips = max(cell.batch for cell in workload)
+        positions = HEARD * clips
+        written = clips * max(cell.new for cell in workload)
+        layers = 2 * sizes.hidden * sizes.layers * (positions + written)  # what the decoder keeps of both
+        return 4 * (
+            positions * (8 * sizes.hidden + 3 * sizes.intermediate) + 2 * layers
+            + LOGITS * sizes.vocabulary * WRITTEN + sizes.clip * (clips + (task.examples or 0))
+        )  # fmt: skip
     if task.form is Form.IMAGES:
         images = max(max(BATCH_SIZES), *(cell.batch for cell in workload))
         return 4 * sizes.image * (FEATURES * images + 2 * (task.examples or 0))  # what it is judged on is held, too

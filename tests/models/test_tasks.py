@@ -29,6 +29,7 @@ HIDDEN = "last_hidden_state"
         ("GPT2LMHeadModel", "text-generation"),
         ("ViTForImageClassification", "image-classification"),
         ("ConvNextV2ForImageClassification", "image-classification"),
+        ("WhisperForConditionalGeneration", "automatic-speech-recognition"),
     ],
 )
 def test_infers_the_task(architecture: str, task: str, tmp_path: Path) -> None:
