@@ -45,7 +45,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Examples:
-    """Text or images for one run, already split.
+    """Text, images or sounds for one run, already split.
 
     Labels are in the order of `evaluation`: one for each row, or each two rows. Those of a language model are in the
     order of `questions`.

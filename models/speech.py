@@ -7,9 +7,10 @@ Source: https://huggingface.co/docs/transformers (Whisper, generation_whisper.py
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,13 @@ def normalizer(folder: Path) -> Any:
     settings = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     english = not settings.get("lang_to_id") or (settings.get("language") or "en").strip("<|>") in ("en", "english")
     return EnglishTextNormalizer(spelling) if english else BasicTextNormalizer()
+
+
+@functools.cache
+def text_reader(folder: Path) -> Callable[[Sequence[int]], str]:
+    """What a transcription's tokens say, normalized."""
+    tokenizer, normalize = load_tokenizer(folder), normalizer(folder)
+    return lambda tokens: str(normalize(tokenizer.decode(tokens, skip_special_tokens=True)))
 
 
 def _features(folder: Path, rows: Sequence[Row]) -> list[NDArray[np.float32]]:

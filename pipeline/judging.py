@@ -14,8 +14,6 @@ from optimize.pipeline.language import IDS, LOSS, REGRET, TOKENS, regrets, score
 from optimize.pipeline.questions import ANSWERS, CHARACTERS, ENDS, LIKELIHOODS, SPOKEN, sequences
 from optimize.pipeline.tokens import GUESSES, LOGPROBS, PLACES, TEXT_ENDS
 
-LOGITS = "logits"  # of a clip, until they have been looked at
-
 
 def score_windows(session: Any, windows: str, reference: str | None, out: str, folder: str) -> dict[str, Any]:
     """Score every window of an .npz (see language.score), at the tokens that the reference's scores name; and
@@ -27,9 +25,10 @@ def score_windows(session: Any, windows: str, reference: str | None, out: str, f
     for batch, theirs in zip(batches, named, strict=True):
         ids = theirs.get(IDS)
         if SOUND in batch:
-            found.append(_transcribed(session, batch, theirs, Path(folder)))
-            if problems := _wrong(found[-1].pop(LOGITS), len(found[-1][SPOKEN])):
+            heard, problems = _transcribed(session, batch, theirs, Path(folder))
+            if problems:
                 return {"problems": problems, "repeat_error": 0.0}
+            found.append(heard)
             continue
         if ENDS in batch:
             found.append({ANSWERS: np.array(_answers(session, batch, Path(folder)), dtype=np.str_)})
@@ -50,19 +49,23 @@ def score_windows(session: Any, windows: str, reference: str | None, out: str, f
     return {"problems": [], "repeat_error": repeat}
 
 
-def _transcribed(session: Any, batch: Mapping[str, Any], reference: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A clip's transcription to its end, as text; and what the session finds of the reference's, token by token."""
-    from optimize.models.encoding import load_tokenizer
-    from optimize.models.speech import normalizer
+def _transcribed(
+    session: Any, batch: Mapping[str, Any], reference: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """A clip's transcription to its end, as text, and what the session finds of the reference's, token by token; and
+    what is wrong with that by itself.
+    """
+    from optimize.models.speech import text_reader
     from optimize.targets.runtimes.generating import write_until
 
     ends = batch[ENDS].tolist()
     (written,) = write_until(session, [batch[SOUND]], int(batch[NEW]), lambda tokens: tokens[-1] in ends)
     spoken = reference.get(SPOKEN, np.array(written, dtype=np.int64))
     logits = session.logits(batch[SOUND], spoken)
-    text = normalizer(folder)(load_tokenizer(folder).decode(written, skip_special_tokens=True))
-    scored = score(logits, spoken, reference.get(IDS))
-    return scored | {SPOKEN: spoken, ANSWERS: np.array([text], dtype=np.str_), LOGITS: logits}
+    if problems := _wrong(logits, len(spoken)):
+        return {}, problems
+    text = np.array([text_reader(folder)(written)], dtype=np.str_)
+    return score(logits, spoken, reference.get(IDS)) | {SPOKEN: spoken, ANSWERS: text}, []
 
 
 def _answers(session: Any, batch: Mapping[str, Any], folder: Path) -> list[str]:
