@@ -46,6 +46,16 @@ def bert(folder: Path, tokenizer: Path) -> None:
     _save(model.half(), folder, tokenizer)
 
 
+def vit(folder: Path, tokenizer: Path) -> None:
+    """ViT-base's shape in float16."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    torch.manual_seed(0)
+    _save(ViTForImageClassification(ViTConfig(num_labels=1000)).eval().half(), folder, folder)
+    ViTImageProcessorPil().save_pretrained(folder)
+
+
 def llama(folder: Path, tokenizer: Path, **sizes: int) -> None:
     """Llama 3.2 1B's shape in bfloat16, with a smaller vocabulary: 1.04 billion parameters."""
     import torch
@@ -79,6 +89,7 @@ CUDA_GRAPHS = ("compile-cuda{compile=false}", "compile-cuda")
 VLLM = ("serve-vllm", "serve-vllm{quantization=fp8}")
 ROWS = {
     "bert-base": Row(bert, "1x128,8x128,32x128", CUDA_GRAPHS, options=("--task", "feature-extraction")),
+    "vit-base": Row(vit, "1,32", CUDA_GRAPHS),
     "llama-1b": Row(llama, "1x64+16,8x64+16,256x64+16", VLLM),
     "smollm2": Row(smollm2, "1x64+16,8x64+16", VLLM),
 }

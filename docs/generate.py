@@ -36,7 +36,7 @@ What has no line above is not in this version. What is, but was never run, or on
 | what | state |
 |---|---|
 | target `gpu` | text encoders and `serve-vllm`: run on an H100; autotuned kernels: not run |
-| target `multi-gpu` | a later version |
+| target `multi-gpu` | written; run with two processes of vLLM on a processor alone |
 | vLLM | 0.24 on an H100, 0.32 on a processor; fp8 judged there, not timed; its lock was not installed |
 | TensorRT-LLM | `build-tensorrt-llm` is written after its source; only run against a stand-in for it |
 | TensorRT | `build-tensorrt` and its runtime are written; TensorRT's own libraries were not there to run them |
@@ -45,10 +45,12 @@ What has no line above is not in this version. What is, but was never run, or on
 | workers on Python 3.10 | types are checked as 3.10 has them; run on 3.11 and 3.12 alone |
 | OpenVINO Model Server | not run here: a language model in OpenVINO is run by openvino-genai |
 | Ollama | written after its documentation and source of August 2026; only run against a stand-in, never a real Ollama |
-| encoder-decoders, vision, audio | not in this version: no task for them |
+| image classifiers | on a processor: ViT, ResNet and ConvNeXT; not on a GPU yet, and not in a toolchain |
+| speech models | on a processor: Whisper; not on a GPU, and not in a toolchain; no timestamps, no clips in parts |
+| other encoder-decoders, CTC | not in this version: no task for them |
 | huggingface.co itself | hub ids are tested against a local server that answers the hub's API only |
 | Xet transfers | left to huggingface_hub; the local server does not offer them |
-| datasets on the hub (`--data NAME:SPLIT`) | written; only the refusal without a network is tested |
+| datasets on the hub (`--data NAME:SPLIT`) | written; only the refusal, and one that was made here, are tested |
 | macOS, Windows, Linux on other processors than x86_64 | not run; measuring needs POSIX signals |
 """
 
@@ -99,7 +101,9 @@ def support_page() -> str:
         for what, texts, later in (
             ("", module.RECIPES, module.BY_NAME),
             (", language models", module.GENERATING, module.BY_NAME),
+            (", speech models", getattr(module, "TRANSCRIBING", {}), frozenset()),
         )
+        if texts
     ]
     parts.append(_table(("target", "recipes"), rows))
     parts.append("## Tasks\n")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from optimize.pipeline.contract import LabelKind
 from optimize.pipeline.errors import RequestError
@@ -61,8 +66,52 @@ def _letters(value: object, texts: Sequence[str]) -> list[str]:
     return [str(label).strip() for label in labels] if isinstance(labels, list) else []
 
 
+def read_file(value: object, column: str, where: str) -> Mapping[str, Any]:
+    """A cell that is a file: its path, its bytes, or the datasets library's {"bytes": ..., "path": ...}.
+
+    Gives its path or bytes, and the sha256 by which two of them are the same.
+    """
+    given = value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
+    if isinstance(given, str) and given.strip():
+        try:
+            content = Path(given).read_bytes()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise RequestError(f"{where}: {column} {given} cannot be read: {why}", hint="give its path") from None
+        found: dict[str, Any] = {"path": str(Path(given).resolve())}
+    elif isinstance(given, bytes) and given:
+        content, found = given, {"bytes": given}
+    else:
+        what = "is empty" if given in (None, "", b"") else f"is no file ({value!r:.40})"
+        raise RequestError(f"{where}: {column} {what}", hint="give its path, or its bytes in a .parquet file")
+    return found | {"sha256": hashlib.sha256(content).hexdigest(), "where": where}
+
+
+def read_sound(value: object, column: str, where: str) -> Mapping[str, Any]:
+    """The same of a sound, which may be samples, too: the datasets library's {"array": ..., "sampling_rate": ...}."""
+    if not isinstance(value, Mapping) or value.get("array") is None:
+        return read_file(value, column, where)
+    import soundfile
+
+    file = io.BytesIO()
+    try:
+        samples = np.asarray(value["array"], dtype=np.float32)
+        soundfile.write(file, samples, value["sampling_rate"], format="WAV", subtype="FLOAT")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RequestError(
+            f"{where}: {column} has an array that is no sound: {error}",
+            hint='write {"array": [...], "sampling_rate": N}',
+        ) from None
+    return read_file(file.getvalue(), column, where)
+
+
 LARGEST_SCORE = 1e100  # squares of larger ones are no numbers any more
-READERS = {"tokens": _words, "choices": _choices}  # of the columns that are not text
+READERS = {
+    "tokens": _words,
+    "choices": _choices,
+    "image": read_file,
+    "audio": read_sound,
+}  # of the columns that are not text
 
 
 def read_label(
@@ -76,7 +125,7 @@ def read_label(
         return _score(value, column, where)
     if kind == LabelKind.ANSWERS:
         return _answers(value, column, where, none_is_allowed=True)
-    if kind == LabelKind.TARGETS:
+    if kind in (LabelKind.TARGETS, LabelKind.TRANSCRIPT):
         return _answers(value, column, where, none_is_allowed=False)
     if kind == LabelKind.CHOICE:
         return _right(value, column, texts["choices"], row["choices"], where)

@@ -13,7 +13,7 @@ from typing import Any
 from optimize.models.hub import fetch
 from optimize.models.tasks import TASKS, infer_task, read_json
 from optimize.models.weights import Weights, check_home, inspect_weights
-from optimize.pipeline.contract import Checkpoint, Dimensions
+from optimize.pipeline.contract import Checkpoint, Dimensions, Form
 from optimize.pipeline.errors import CheckpointError
 from optimize.pipeline.memory import DRIVER, GIB, MORE, gib, reference_memory
 from optimize.pipeline.store import sha256_of
@@ -21,7 +21,15 @@ from optimize.pipeline.store import sha256_of
 MAX_MODEL_LENGTH = 1024
 # what may enter an artifact beside the weights: configuration, tokenizer, licence; nothing that can be executed
 CARRIED = re.compile(r"[\w.-]+\.(json|txt|model|jinja)|LICENSE[\w.]*|\d_[A-Za-z]+/config\.json")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+TOKENIZER = (("tokenizer.json", "vocab.txt", "vocab.json", "*.model"), "AutoTokenizer")
+# what a checkpoint must bring to make inputs with: files, of which one is enough, and the class that writes them
+BRINGS = {
+    Form.TOKENS: TOKENIZER,
+    Form.PROMPTS: TOKENIZER,
+    Form.IMAGES: (("preprocessor_config.json",), "AutoImageProcessor"),
+    Form.CLIPS: (("preprocessor_config.json",), "AutoFeatureExtractor"),
+}
+IMAGE = 224  # pixels of a side, where a config does not say: as in ImageNet
 # model types whose positions start at padding + 1
 POSITION_OFFSET = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet", "xmod",
                    "longformer", "data2vec-text", "ibert", "luke", "esm")  # fmt: skip
@@ -50,13 +58,8 @@ def resolve(model: str, task: str | None = None, *, memory: int | None = None) -
     architecture = _architecture(folder, config)
     if task is not None and task not in TASKS:
         raise CheckpointError(f"unknown task {task!r}", hint=f"tasks: {', '.join(TASKS)}")
-    if config.get("is_encoder_decoder") or "image_size" in config:
-        raise CheckpointError(f"{architecture} is no text encoder: this version lowers text encoders only")
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
-        raise CheckpointError(
-            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})",
-            hint="save it there: AutoTokenizer.from_pretrained(ID).save_pretrained(FOLDER)",
-        )
+    task = task or infer_task(folder, architecture)
+    _check_form(folder, config, architecture, TASKS[task].form)
     check_generation(folder)
     weights = inspect_weights(folder)
     check_fits(weights, memory)
@@ -64,7 +67,7 @@ def resolve(model: str, task: str | None = None, *, memory: int | None = None) -
         model_id=model if revision else folder.resolve().name,
         folder=folder.resolve() if revision is None else folder,
         revision=revision,
-        task=task or infer_task(folder, architecture),
+        task=task,
         architecture=architecture,
         dtype=weights.dtype,
         parameters=weights.parameters,
@@ -74,6 +77,19 @@ def resolve(model: str, task: str | None = None, *, memory: int | None = None) -
         largest=weights.largest,
         dimensions=dimensions(config),
     )
+
+
+def _check_form(folder: Path, config: Mapping[str, Any], architecture: str, form: Form) -> None:
+    """Raise CheckpointError for a model of another form than the task's, or without what makes its inputs."""
+    if form in (Form.TOKENS, Form.PROMPTS) and (config.get("is_encoder_decoder") or "image_size" in config):
+        raise CheckpointError(f"{architecture} is no text encoder: this version lowers text encoders only")
+    wanted = {form.reader: BRINGS[form]} | ({"tokenizer": TOKENIZER} if form is Form.CLIPS else {})
+    for name, (files, maker) in wanted.items():
+        if not any(any(folder.glob(pattern)) for pattern in files):
+            raise CheckpointError(
+                f"{folder} has no {name} ({', '.join(files)})",
+                hint=f"save it there: {maker}.from_pretrained(ID).save_pretrained(FOLDER)",
+            )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -116,7 +132,8 @@ def max_length(folder: Path, config: Mapping[str, Any]) -> int:
     """The longest sequence that both the model's positions and its tokenizer take, in tokens."""
     try:
         named = (config.get(name) for name in ("max_position_embeddings", "n_positions"))
-        positions = int(next((each for each in named if each is not None), 512))
+        written = config.get("max_target_positions")  # of which a transcription's beginning takes four at most
+        positions = int(next((each for each in named if each is not None), 512 if written is None else written - 4))
         if config.get("model_type") in POSITION_OFFSET:
             padding = config.get("pad_token_id")
             positions -= (1 if padding is None else int(padding)) + 1
@@ -185,6 +202,8 @@ def dimensions(config: Mapping[str, Any]) -> Dimensions:
     return Dimensions(
         hidden, size("intermediate_size", "n_inner", "hidden_dim", "ffn_dim") or 4 * hidden, layers,
         size("vocab_size"), 2 * layers * width * (size("num_key_value_heads") or heads),
+        size("num_channels") * (size("image_size") or IMAGE) ** 2,
+        2 * size("num_mel_bins") * size("max_source_positions"),
     )  # fmt: skip
 
 

@@ -10,13 +10,41 @@ from typing import Any
 import numpy as np
 
 from optimize.pipeline.answers import CONTEXT, OFFSETS, WORDS
-from optimize.pipeline.batches import Encoded
+from optimize.pipeline.batches import NEW, Encoded
+from optimize.pipeline.contract import Cell
 from optimize.pipeline.errors import RequestError
 
 LONGEST = 512  # tokens of evaluation text that shapes are made for, where no cell of the workload is longer
 BATCH_SIZES = (1, 2, 8)  # evaluation batches, in turn: none is the batch that exporters trace with padding alone
 
 Row = Mapping[str, Any]
+
+
+def encode_all(
+    folder: Path,
+    evaluation: Sequence[Row],
+    calibration: Sequence[Row],
+    questions: Sequence[Row],
+    cells: Sequence[Cell],
+    max_length: int,
+    *,
+    labelled: bool,
+) -> dict[str, list[Encoded]]:
+    """See tasks.Encoder. Text that calibrates is in batches of one."""
+    return {
+        "evaluation": encode(folder, evaluation, max_length, BATCH_SIZES, labelled=labelled),
+        "calibration": encode(folder, calibration, max_length, (1,)),
+        "cells": encode_cells(folder, evaluation, [(cell.batch, cell.sequence) for cell in cells]),
+    }
+
+
+def encode_sample(folder: Path) -> Encoded:
+    """See tasks.Encoder."""
+    rows = [
+        {"text": "A batch of one is traced as a constant."},
+        {"text": "So there are two of them, unlike in length, padded."},
+    ]
+    return encode(folder, rows, max_length=64, sizes=(2,))[0]
 
 
 def encode(
@@ -100,6 +128,14 @@ def encode_cells(folder: Path, rows: Sequence[Row], cells: Iterable[tuple[int, i
         encoded = tokenizer(lines, truncation=True, max_length=sequence, padding="max_length", return_tensors="np")
         batches.append({name: np.asarray(array, dtype=np.int64) for name, array in encoded.items()})
     return batches
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], new: int) -> Encoded:
+    """One batch of prompts that `new` tokens follow, padded on the left, as `generate` takes it."""
+    longest = max(map(len, prompts))
+    ids = np.array([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = np.array([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return {"input_ids": ids, "attention_mask": mask, NEW: np.array(new)}
 
 
 def load_tokenizer(folder: Path) -> Any:

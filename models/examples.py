@@ -1,4 +1,4 @@
-"""Text to judge and to calibrate with: from the package or --data, split so that the two never overlap.
+"""Examples to judge and to calibrate with: from the package or --data, split so that the two never overlap.
 
 This happens while planning, so that bad data is refused before anything runs.
 """
@@ -15,8 +15,10 @@ from typing import Any
 
 from optimize.models.cells import READERS, read_label, read_text
 from optimize.models.files import read_rows
-from optimize.models.tasks import TASKS, Labelled, Task
-from optimize.pipeline.contract import LabelKind, Labels
+from optimize.models.images import DRAWN as DRAWN_IMAGES
+from optimize.models.speech import DRAWN as DRAWN_SOUNDS
+from optimize.models.tasks import TASKS, TRANSCRIPT, Labelled, Task
+from optimize.pipeline.contract import Form, LabelKind, Labels
 from optimize.pipeline.errors import RequestError
 
 SHIPPED = Path(__file__).parent / "data" / "text.jsonl"
@@ -25,9 +27,16 @@ MAX_EVALUATION = 1024
 MAX_LABELLED = 4500  # as many as resolve the default gate where no answer changes
 MAX_QUESTIONS = 450  # likewise, of a language model, whose gate is wider and whose questions take longer
 MIN_EVALUATION = 8
+DRAWN = {  # how many, and what they are, in words
+    Form.IMAGES: (
+        DRAWN_IMAGES, "drawn images (gradients, shapes, waves and noise, the same ones each time: no photographs)"
+    ),
+    Form.CLIPS: (DRAWN_SOUNDS, "drawn sounds (a buzzing voice and noise, the same ones each time: no speech)"),
+}  # fmt: skip
 ALIASES = {
     "text": ("text", "sentence", "sentence1"),
     "text_pair": ("text_pair", "sentence2"),
+    "transcript": TRANSCRIPT,
     "query": ("query", "question", "ctx", "context"),  # all that a language model reads before it answers
 }
 
@@ -36,12 +45,13 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Examples:
-    """Text for one run, already split. Labels are in the order of `evaluation`: one for each row, or each two rows.
+    """Text, images or sounds for one run, already split.
 
-    Those of a language model are in the order of `questions`.
+    Labels are in the order of `evaluation`: one for each row, or each two rows. Those of a language model are in the
+    order of `questions`.
     """
 
-    source: str  # where the text came from, for the manifest
+    source: str  # where they came from, for the manifest
     evaluation: tuple[Row, ...]
     calibration: tuple[Row, ...]
     labels: Labels | None = None
@@ -51,13 +61,16 @@ class Examples:
     @property
     def calibration_digest(self) -> str:
         """sha256 over what calibrates: part of the key of every calibrated pass."""
-        return hashlib.sha256(json.dumps(self.calibration, sort_keys=True, default=str).encode()).hexdigest()
+        content = [_content(row) for row in self.calibration]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_examples(data: str | None, task: Task, id2label: Mapping[int, str] | None = None) -> Examples:
-    """The examples of a file or hub dataset, or the text that ships with the package.
+    """The examples of a file or hub dataset, or the text that ships with the package, or images that are drawn: these
+    calibrate nothing, since they are like nobody's own.
 
-    `data` names a .jsonl, .csv or .parquet file, or a dataset on the hub as `NAME` or `NAME:SPLIT`. It is labelled
+    `data` names a .jsonl, .csv or .parquet file, a folder of images by class, or a dataset on the hub as `NAME` or
+    `NAME:SPLIT`. It is labelled
     where it has the columns of one of `task.labelled` and labels in any row. Rows that repeat an earlier text are
     dropped, and what evaluation has is left out of the calibration, so that the two cannot share one. Questions that a
     language model answers are no text to take its perplexity on: that is then the shipped one.
@@ -65,10 +78,13 @@ def read_examples(data: str | None, task: Task, id2label: Mapping[int, str] | No
     Raises RequestError for files that cannot be read, missing columns, empty or non-text cells, and labels that are
     none or that the model lacks.
     """
+    if data is None and task.form in DRAWN:
+        count, source = DRAWN[task.form]
+        return Examples(source, tuple({task.columns[0]: {"drawn": index}} for index in range(count)), ())
     rows = _shipped(task) if data is None else read_rows(data)
     labelled, label = (None, "") if data is None else _labelled(rows, task)
     asks = labelled is not None and labelled.kind.of_questions
-    if task.generates:
+    if task.form is Form.PROMPTS:
         _check_one_form(rows, labelled, data, task)
     columns = {column: _column(rows, column, data, task) for column in (labelled or task).columns}
     pair = next((name for name in ALIASES["text_pair"] if rows and name in rows[0]), None)
@@ -76,18 +92,19 @@ def read_examples(data: str | None, task: Task, id2label: Mapping[int, str] | No
         columns["text_pair"] = pair
     seen: set[str] = set()
     kept: list[tuple[Row, Any]] = []
-    for number, row in enumerate(rows, start=1):
-        where = f"--data {data}: row {number}"
+    # files are read here: no more of them than may be needed
+    for index in _some(range(len(rows)), 2 * task.examples if task.examples else len(rows)):
+        row, where = rows[index], f"--data {data}: row {index + 1}"
         texts = {name: READERS.get(name, read_text)(row.get(source), source, where) for name, source in columns.items()}
         if _identity(texts) in seen:
             continue
         seen.add(_identity(texts))
         kept.append((texts, read_label(row, label, labelled.kind, texts, where, id2label or {}) if labelled else None))
-    evaluation, calibration = _split(kept, labelled)
+    evaluation, calibration = _split(kept, labelled, task)
     if len(evaluation) < MIN_EVALUATION:
         raise RequestError(
             f"--data {data}: {len(evaluation)} examples are left to evaluate on, {MIN_EVALUATION} are the least",
-            hint="give more distinct rows, or leave --data out to use the text that ships with optimize",
+            hint="give more distinct rows, or leave --data out to use what comes with optimize",
         )
     labels = tuple(label for _, label in evaluation) if labelled else None
     if labelled and labelled.kind == LabelKind.SCORE and len(set(labels or ())) == 1:
@@ -102,16 +119,18 @@ def read_examples(data: str | None, task: Task, id2label: Mapping[int, str] | No
     return Examples(data or f"shipped text ({SHIPPED.name})", tuple(judged), tuple(calibration), labels, kind)
 
 
-def _split(kept: Sequence[tuple[Row, Any]], labelled: Labelled | None) -> tuple[list[tuple[Row, Any]], list[Row]]:
+def _split(
+    kept: Sequence[tuple[Row, Any]], labelled: Labelled | None, task: Task
+) -> tuple[list[tuple[Row, Any]], list[Row]]:
     """Rows with labels to evaluate, and inputs to calibrate with: every third row's, but none that is evaluated.
 
-    A language model's questions do not calibrate.
+    A language model's questions do not calibrate, and nothing that is made of a speech model is calibrated.
     """
     if labelled and labelled.kind.of_questions:
         return [kept[index] for index in _some(range(len(kept)), MAX_QUESTIONS)], []
-    calibrating = set(_some(range(1, len(kept), 3), MAX_CALIBRATION))
+    calibrating = set() if task.form is Form.CLIPS else set(_some(range(1, len(kept), 3), MAX_CALIBRATION))
     inputs_of_a_row = len(labelled.columns) if labelled and labelled.apart else 1
-    most = (MAX_LABELLED if labelled else MAX_EVALUATION) // inputs_of_a_row
+    most = (task.examples or (MAX_LABELLED if labelled else MAX_EVALUATION)) // inputs_of_a_row
     evaluation = [kept[index] for index in _some([each for each in range(len(kept)) if each not in calibrating], most)]
     judged = {_identity(row) for row in _inputs([texts for texts, _ in evaluation], labelled)}
     others = {_identity(row): row for row in _inputs([kept[index][0] for index in sorted(calibrating)], labelled)}
@@ -191,4 +210,9 @@ def _inputs(rows: Sequence[Row], labelled: Labelled | None) -> list[Row]:
 
 
 def _identity(row: Row) -> str:
-    return json.dumps(row, sort_keys=True)
+    return json.dumps(_content(row), sort_keys=True)
+
+
+def _content(row: Row) -> Row:
+    """A row with what its files hold in place of where they lie."""
+    return {name: value["sha256"] if isinstance(value, Mapping) else value for name, value in row.items()}

@@ -1,4 +1,4 @@
-"""Rows of --data: .jsonl, .csv and .parquet files, and datasets on the hub."""
+"""Rows of --data: .jsonl, .csv and .parquet files, folders of images by class, and datasets on the hub."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from typing import Any
 from optimize.pipeline.errors import RequestError
 
 MAX_CELL = 1 << 24  # characters of one cell of a .csv
+FILES = ("image", "audio")  # columns whose text is the path of a file
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 Row = Mapping[str, Any]
 
 
 def read_rows(data: str) -> list[Row]:
-    """The rows of a file or hub dataset, column -> value. Raises RequestError for what cannot be read."""
+    """The rows of a file, of a folder with a folder of images for each class, or of a hub dataset: column -> value.
+
+    Paths in a file are relative to its folder. Raises RequestError for what cannot be read.
+    """
     path = Path(data)
     try:
         if path.suffix in (".jsonl", ".json") and path.is_file():
@@ -31,6 +36,8 @@ def read_rows(data: str) -> list[Row]:
             info = described.get("info") if isinstance(described, dict) else None
             features = info.get("features") if isinstance(info, dict) else None
             rows = _classes_by_name(table.to_pylist(), features if isinstance(features, dict) else {})
+        elif path.is_dir():
+            rows = _images_by_class(path)
         elif path.suffix in (".jsonl", ".json", ".csv", ".parquet") or path.exists():
             state = "is not there" if not path.exists() else "is none of .jsonl, .csv, .parquet"
             raise RequestError(f"--data {data} {state}", hint="give a file, or the id of a dataset on the hub")
@@ -42,7 +49,22 @@ def read_rows(data: str) -> list[Row]:
         raise RequestError(f"--data {data} cannot be read: {error}") from error
     if not rows:
         raise RequestError(f"--data {data} has no rows")
-    return rows
+    return [_with_paths(row, path.parent) for row in rows] if path.is_file() else rows
+
+
+def _with_paths(row: Row, folder: Path) -> Row:
+    return {**row, **{name: str(folder / row[name]) for name in FILES if row.get(name) and isinstance(row[name], str)}}
+
+
+def _images_by_class(folder: Path) -> list[Row]:
+    """FOLDER/CLASS/*, as the datasets library's imagefolder and torchvision's ImageFolder have it."""
+    files = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMAGES)
+    if not files:
+        raise RequestError(
+            f"--data {folder} has no folders with images in them",
+            hint=f"put each class's images ({', '.join(IMAGES)}) into a folder of its name, or give a file",
+        )
+    return [{"image": str(path), "label": path.parent.name} for path in files]
 
 
 def _csv(path: Path) -> list[Row]:
@@ -84,6 +106,9 @@ def _hub_dataset(data: str) -> list[Row]:
     name, _, split = data.partition(":")
     try:
         loaded = datasets.load_dataset(name, split=split or "test", streaming=False)
+        for column, feature in loaded.features.items():
+            if isinstance(feature, (datasets.Image, datasets.Audio)):
+                loaded = loaded.cast_column(column, type(feature)(decode=False))
         return _classes_by_name(list(loaded), loaded.features.to_dict())
     except Exception as error:  # the library raises a dozen unrelated types for what is one thing to the user
         raise RequestError(

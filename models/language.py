@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from optimize.models.encoding import Row, load_tokenizer
-from optimize.pipeline.batches import FIRST, NEW, UNTIMED, Encoded
+from optimize.models.encoding import Row, load_tokenizer, pad_prompts
+from optimize.models.encoding import encode_sample as encode_sample  # a prompt is traced as any text
+from optimize.models.questions import encode_questions
+from optimize.pipeline.batches import FIRST, UNTIMED, Encoded
 from optimize.pipeline.contract import Cell
 from optimize.pipeline.errors import RequestError
 
@@ -20,6 +22,25 @@ SCORED = 6144  # tokens that are judged, at most: half a minute of an eager mode
 RAGGED = (5, 23, 48)  # tokens of the prompts of one batch whose lengths differ
 RAGGED_NEW = 8
 TRIED = 64  # places at which a prompt may begin
+
+
+def encode_all(
+    folder: Path,
+    evaluation: Sequence[Row],
+    calibration: Sequence[Row],
+    questions: Sequence[Row],
+    cells: Sequence[Cell],
+    max_length: int,
+    *,
+    labelled: bool,
+) -> dict[str, list[Encoded]]:
+    """See tasks.Encoder."""
+    asked = encode_questions(folder, questions, max_length)
+    return {
+        "evaluation": [*encode_windows(folder, evaluation, max_length), *asked],
+        "calibration": encode_windows(folder, calibration, max_length) if calibration else [],
+        "cells": encode_prompts(folder, evaluation, cells),
+    }
 
 
 def encode_windows(folder: Path, rows: Sequence[Row], max_length: int) -> list[Encoded]:
@@ -59,14 +80,6 @@ def encode_prompts(folder: Path, rows: Sequence[Row], cells: Iterable[Cell]) -> 
     batches = [pad_prompts([cut(index, cell.sequence) for index in range(cell.batch)], cell.new) for cell in cells]
     ragged = pad_prompts([cut(index, length) for index, length in enumerate(RAGGED)], RAGGED_NEW)
     return [*batches, ragged | {UNTIMED: np.array(True)}]
-
-
-def pad_prompts(prompts: Sequence[Sequence[int]], new: int) -> Encoded:
-    """One batch of prompts that `new` tokens follow, padded on the left, as `generate` takes it."""
-    longest = max(map(len, prompts))
-    ids = np.array([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = np.array([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return {"input_ids": ids, "attention_mask": mask, NEW: np.array(new)}
 
 
 def _stream(tokenizer: Any, rows: Sequence[Row]) -> tuple[list[int], list[int]]:

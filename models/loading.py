@@ -15,9 +15,9 @@ from optimize.models.weights import inspect_weights
 from optimize.pipeline.errors import CheckpointError
 
 
-def load_model(folder: Path, task: str, dtype: str | None = None) -> Any:
+def load_model(folder: Path, task: str, dtype: str | None = None, device: str = "cpu") -> Any:
     """The eager model in inference mode, in `dtype` (torch's spelling) or that of its weights, not of its config; one
-    that quantize-torchao made, in the dtype that it was made from.
+    that quantize-torchao made, in the dtype that it was made from. On another `device`, weights go there one by one.
 
     safetensors only, no remote code, no network. Raises CheckpointError when the checkpoint lacks weights that the
     task needs: transformers would fill them with random numbers and go on. A pooler that was never trained is left out.
@@ -33,7 +33,7 @@ def load_model(folder: Path, task: str, dtype: str | None = None) -> Any:
         # a mapped file is there for as long as its mapping, whatever becomes of its name
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             cast_checkpoint(folder, Path(scratch), str(dtype), task)
-            return load_model(Path(scratch), task)
+            return load_model(Path(scratch), task, device=device)
     auto_class = getattr(transformers, TASKS[task].auto_class)
     options: dict[str, Any] = {
         "dtype": "auto" if is_quantized(folder) else getattr(torch, stored),
@@ -41,7 +41,7 @@ def load_model(folder: Path, task: str, dtype: str | None = None) -> Any:
         "trust_remote_code": False,
         "use_safetensors": True,
         "output_loading_info": True,
-    }
+    } | ({"device_map": device} if device != "cpu" else {})
     model, info = auto_class.from_pretrained(folder, **options)
     missing = sorted(info["missing_keys"])
     if missing and all("pooler." in name for name in missing):
@@ -62,32 +62,26 @@ def is_quantized(folder: Path) -> bool:
     return (read_config(folder).get("quantization_config") or {}).get("quant_method") == "torchao"
 
 
-def sample_inputs(folder: Path) -> dict[str, Any]:
-    """Two padded sentences as torch tensors of [2, sequence], by the names that the tokenizer gives: for tracing.
-
-    Two, since a batch of one would be traced as a constant.
+def sample_inputs(folder: Path, task: str = "feature-extraction", dtype: str = "float32") -> dict[str, Any]:
+    """Two examples as torch tensors by input name, as the task's encoder makes them: for tracing. `dtype` is that of
+    a model that is given floats.
     """
     import torch
 
-    from optimize.models.encoding import encode
-
-    rows = [
-        {"text": "A batch of one is traced as a constant."},
-        {"text": "So there are two of them, unlike in length, padded."},
-    ]
-    (batch,) = encode(folder, rows, max_length=64, sizes=(2,))
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in TASKS[task].encoder.encode_sample(folder).items()}
+    floats = {name: each.to(getattr(torch, dtype)) for name, each in tensors.items() if each.is_floating_point()}
+    return tensors | floats
 
 
 def dynamic_shapes(folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
-    """torch.export's dynamic shapes: batch and sequence vary, the latter up to what the model takes."""
+    """torch.export's dynamic shapes: the batch varies, and the sequence of text, up to what the model takes."""
     import torch
 
     from optimize.models.checkpoint import max_length, read_config
 
     batch = torch.export.Dim("batch", min=1, max=4096)
     sequence = torch.export.Dim("sequence", min=1, max=max_length(folder, read_config(folder)))
-    return {name: {0: batch, 1: sequence} for name in inputs}
+    return {name: {0: batch, 1: sequence} if value.dim() == 2 else {0: batch} for name, value in inputs.items()}
 
 
 def cast_checkpoint(folder: Path, out: Path, dtype: str, task: str) -> tuple[int, int]:

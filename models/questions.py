@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from optimize.models.encoding import Row, load_tokenizer
-from optimize.models.language import pad_prompts
+from optimize.models.encoding import Row, load_tokenizer, pad_prompts
 from optimize.models.tasks import read_json
 from optimize.pipeline.batches import FIRST, Encoded
 from optimize.pipeline.errors import RequestError

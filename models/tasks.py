@@ -5,17 +5,19 @@ Nothing here imports an ML framework: planning reads this table.
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from optimize.pipeline.answers import kept_positions
-from optimize.pipeline.contract import LabelKind, Meaning
+from optimize.pipeline.batches import Encoded
+from optimize.pipeline.contract import Cell, Form, LabelKind, Meaning
 from optimize.pipeline.errors import CheckpointError
 
 BATCH, SEQUENCE, FEATURES = "batch", "sequence", "features"
@@ -45,19 +47,54 @@ class Task:
     labelled: tuple[
         Labelled, ...
     ] = ()  # what the task's own metrics are computed on: the first form whose columns are there
+    form: Form = Form.TOKENS  # of what it is given
     workload: str = "1x32,1x128,8x128"  # cells that are measured, if none are asked for
+    examples: int | None = None  # that are judged, at most, where they are larger than text
     max_drop: float = 0.001  # what may be lost, if nothing else is asked for
     budget: str = "3m"  # for measuring all candidates together
 
     @property
     def generates(self) -> bool:
-        """Whether it is a language model's, which writes on."""
+        """Whether it writes tokens one after the other: a language model's, or a speech model's."""
         return self.meaning is Meaning.NEXT
 
+    @property
+    def encoder(self) -> Encoder:
+        """What makes arrays of examples. Only a worker calls it."""
+        module: Encoder = importlib.import_module(f"optimize.models.{ENCODERS[self.form]}")
+        return module
+
+
+class Encoder(Protocol):
+    """A module of models/ that makes a model's inputs, with what the checkpoint brings along for it."""
+
+    def encode_all(
+        self,
+        folder: Path,
+        evaluation: Sequence[Mapping[str, Any]],
+        calibration: Sequence[Mapping[str, Any]],
+        questions: Sequence[Mapping[str, Any]],
+        cells: Sequence[Cell],
+        max_length: int,
+        *,
+        labelled: bool,
+    ) -> dict[str, list[Encoded]]:
+        """Batches of `evaluation`, `calibration` (if there are any) and `cells`, by those names.
+
+        Where examples are `labelled`, evaluation also has what turns outputs into answers (see answers.py). A language
+        model's labelled `questions` stand behind the windows of its text.
+        """
+
+    def encode_sample(self, folder: Path) -> Encoded:
+        """Two examples to trace a model with: a batch of one would be traced as a constant."""
+
+
+ENCODERS = {Form.TOKENS: "encoding", Form.PROMPTS: "language", Form.IMAGES: "images", Form.CLIPS: "speech"}
 
 HIDDEN = {"last_hidden_state": (BATCH, SEQUENCE, FEATURES)}
 GENERATES = ("ForCausalLM", "LMHeadModel")  # endings of the names of language models that write on
 HEADS = ("HeadModel", "HeadsModel")  # endings of names that are no bare encoders'
+TRANSCRIPT = ("transcript", "text", "sentence", "transcription")  # what a column of them may be called
 PER_TOKEN = {"logits": (BATCH, SEQUENCE, FEATURES)}
 
 TASKS = {
@@ -92,11 +129,23 @@ TASKS = {
         ),
         Task(
             "text-generation", "AutoModelForCausalLM", GENERATES, ("text",), {}, "CausalLMOutputWithPast",
-            meaning=Meaning.NEXT, workload="1x32+32,1x512+16,4x32+16", max_drop=0.01, budget="10m",
+            meaning=Meaning.NEXT, form=Form.PROMPTS, workload="1x32+32,1x512+16,4x32+16", max_drop=0.01, budget="10m",
             labelled=(
                 Labelled(LabelKind.CHOICE, ("query", "choices"), ("answer", "gold", "label", "answerKey", "target")),
                 Labelled(LabelKind.TARGETS, ("query",), ("target", "answer")),
             ),
+        ),
+        Task(
+            "image-classification", "AutoModelForImageClassification", ("ForImageClassification",), ("image",),
+            {"logits": (BATCH, FEATURES)}, "ImageClassifierOutput", meaning=Meaning.CHOICE,
+            labelled=(Labelled(LabelKind.CLASS, ("image",), ("label",)),), form=Form.IMAGES, workload="1,8,32",
+            examples=512,
+        ),
+        Task(
+            "automatic-speech-recognition", "AutoModelForSpeechSeq2Seq", ("WhisperForConditionalGeneration",),
+            ("audio",), {}, "Seq2SeqLMOutput", meaning=Meaning.NEXT, form=Form.CLIPS, workload="1+32,4+32",
+            max_drop=0.01, budget="5m", examples=64,
+            labelled=(Labelled(LabelKind.TRANSCRIPT, ("audio", "transcript"), TRANSCRIPT),),
         ),
     )
 }  # fmt: skip
@@ -168,9 +217,10 @@ def judged_outputs(
 ) -> list[dict[str, NDArray[np.float32]]]:
     """What is compared with the reference, for each example of one batch.
 
-    `outputs` are arrays by field name, `mask` the attention mask of [batch, sequence]. Padding positions are left out,
-    since runtimes differ there. Each value is float32 of [positions, features]; for sentence-similarity it is the one
-    normalised sentence embedding. Vocabularies are large: of a long output, evenly spaced positions are kept.
+    `outputs` are arrays by field name, `mask` says what is judged (see batches.judged_positions). Padding positions
+    are left out, since runtimes differ there. Each value is float32 of [positions, features]; for sentence-similarity
+    it is the one normalised sentence embedding. Vocabularies are large: of a long output, evenly spaced positions are
+    kept.
     """
     return [
         {name: _example(outputs[name][index], axes, mask[index] != 0, pooling) for name, axes in task.outputs.items()}

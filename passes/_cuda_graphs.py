@@ -1,48 +1,52 @@
 """An encoder captured into CUDA graphs, one for each shape that is listed, compiled by inductor before or as it is.
 
-A graph's inputs and outputs lie in fixed buffers: inputs are copied in, and outputs out, at each call.
+A shape is the axes that vary: [batch, sequence] of text, [batch] of images. A graph's inputs and outputs lie in fixed
+buffers: inputs are copied in, and outputs out, at each call.
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html (CUDA graphs)
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from optimize.models.encoding import BATCH_SIZES, LONGEST
+from optimize.models.loading import sample_inputs
 from optimize.passes._fused_gelu import fuse_gelu
 from optimize.passes._joint_linears import join_linears
 from optimize.pipeline.contract import Array, Batch, Cell
 
 GRAPHS, CACHE = "graphs.json", "compile.cache"
 WARM = 3  # calls before capture, which set up what a capture may not
-Shape = tuple[int, int]  # batch, sequence
+Shape = tuple[int, ...]
 
 
 def shapes_of(workload: Sequence[Cell], longest: int) -> list[Shape]:
-    """Each cell's, and one that takes every batch of text: of a model that takes `longest` tokens."""
-    cells = [(cell.batch, cell.sequence) for cell in workload]
-    return list(dict.fromkeys([*cells, (max(BATCH_SIZES), min(LONGEST, longest))]))
+    """Each cell's, and one that takes every batch that is judged: of a model that takes `longest` tokens."""
+    text = any(cell.sequence for cell in workload)
+    cells = [(cell.batch, cell.sequence) if text else (cell.batch,) for cell in workload]
+    judged = (max(BATCH_SIZES), min(LONGEST, longest)) if text else (max(BATCH_SIZES),)
+    return list(dict.fromkeys([*cells, judged]))
 
 
-def fitting(shapes: Iterable[Shape], batch: int, sequence: int) -> Shape | None:
+def fitting(shapes: Iterable[Shape], given: Shape) -> Shape | None:
     """The smallest that takes such a batch, or None."""
-    found = [shape for shape in shapes if shape[0] >= batch and shape[1] >= sequence]
-    return min(found, key=lambda shape: shape[0] * shape[1], default=None)
+    found = [shape for shape in shapes if all(most >= size for most, size in zip(shape, given, strict=False))]
+    return min(found, key=lambda shape: int(np.prod(shape)), default=None)
 
 
 def widened(batch: Batch, shape: Shape, fill: int) -> dict[str, Array]:
-    """A batch of [rows, tokens] padded to a shape: tokens that are masked, and rows that nobody looks at."""
+    """A batch padded to a shape: tokens that are masked, and rows that nobody looks at."""
     found = {}
     for name, array in batch.items():
-        wide = np.full(shape, fill if name == "input_ids" else 0, dtype=np.int64)
+        wide = np.full((*shape, *array.shape[len(shape) :]), fill if name == "input_ids" else 0, dtype=array.dtype)
         if name == "attention_mask":
             wide[len(array) :] = 1  # no row without any: its attention would not be a number
-        wide[: array.shape[0], : array.shape[1]] = array
+        wide[tuple(map(slice, array.shape))] = array
         found[name] = wide
     return found
 
@@ -50,22 +54,27 @@ def widened(batch: Batch, shape: Shape, fill: int) -> dict[str, Array]:
 class Captured:
     """A model on the GPU with its graphs."""
 
-    def __init__(self, path: Path, model: Any) -> None:
+    def __init__(self, path: Path, model: Any, task: str) -> None:
         import torch
 
         settings = json.loads((path / GRAPHS).read_text())
-        self.inputs: tuple[str, ...] = tuple(settings["inputs"])
         self.fill: int = settings["fill"]
-        self.model = model.to("cuda")
+        self.model = model
+        self._sample = sample_inputs(path, task, str(model.dtype).removeprefix("torch."))
         if (path / CACHE).is_file():
             torch.compiler.load_cache_artifacts((path / CACHE).read_bytes())
-        join_linears(self.model, self._buffers((1, 1)))
+        join_linears(self.model, self._buffers((1,) * len(settings["shapes"][0])))
         call = self._compiled(settings["autotune"]) if settings["compile"] else self.model
         self._graphs = {tuple(shape): self._capture(call, tuple(shape)) for shape in settings["shapes"]}
 
-    def graph(self, batch: int, sequence: int) -> tuple[Shape, Any, dict[str, Any], dict[str, Any]] | None:
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self._sample)
+
+    def graph(self, batch: Batch) -> tuple[Shape, Any, Mapping[str, Any], Mapping[str, Any]] | None:
         """The smallest shape that takes such a batch, its graph, and its buffers for inputs and outputs; or None."""
-        shape = fitting(self._graphs, batch, sequence)
+        shape = fitting(self._graphs, batch[self.inputs[0]].shape)
         return None if shape is None else (shape, *self._graphs[shape])
 
     def _compiled(self, autotune: bool) -> Any:
@@ -80,8 +89,12 @@ class Captured:
     def _buffers(self, shape: Shape) -> dict[str, Any]:
         import torch
 
-        ones = {name: int(name == "attention_mask") for name in self.inputs}
-        return {name: torch.full(shape, value, dtype=torch.int64, device="cuda") for name, value in ones.items()}
+        return {
+            name: torch.full(
+                (*shape, *value.shape[len(shape) :]), int(name == "attention_mask"), dtype=value.dtype, device="cuda"
+            )
+            for name, value in self._sample.items()
+        }
 
     def _capture(self, call: Any, shape: Shape) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         import torch

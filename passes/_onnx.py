@@ -10,7 +10,7 @@ from optimize.passes._sensitivity import noisiest
 from optimize.pipeline.batches import Encoded
 
 GRAPH = "model.onnx"
-PRODUCTS = ("MatMul", "Gemm")
+PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 def read_graph(folder: Path) -> Any:

@@ -16,7 +16,7 @@ COMPILERS = 500 * MIB  # processes that it starts
 
 @dataclass(frozen=True)
 class CompileAoti(Pass):
-    """Trace with dynamic batch and sequence, compile to native code for this processor, package with the weights.
+    """Trace with dynamic batch (and sequence, of text), compile for this processor, package with the weights.
 
     The package needs the same torch minor version and the same instruction sets wherever it is loaded.
     Source: https://docs.pytorch.org/docs/stable/user_guide/torch_compiler/torch.compiler_aot_inductor.html
@@ -25,7 +25,7 @@ class CompileAoti(Pass):
     name: ClassVar = "compile-aoti"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.AOTI
-    version: ClassVar = 1
+    version: ClassVar = 2
     tools: ClassVar = ("torch", "transformers")
     target_facts: ClassVar = ("arch", "features", "cores")  # inductor bakes the thread count into its loops
 
@@ -45,7 +45,8 @@ class CompileAoti(Pass):
 
         torch.set_num_threads(context.target.cores)
         model = load_model(source.path, context.task)
-        inputs = sample_inputs(source.path)
+        dtype = str(model.dtype).removeprefix("torch.")
+        inputs = sample_inputs(source.path, context.task, dtype)
         config = DynamoConfig(dynamic=True, dynamic_shapes=dynamic_shapes(source.path, inputs))
         program = DynamoExporter().export(model, inputs, config=config).program
         # a plain dictionary of outputs: transformers' own classes could not be read back without transformers
@@ -54,9 +55,9 @@ class CompileAoti(Pass):
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(out / "model.pt2"),
-            inductor_configs={"aot_inductor.metadata": {"inputs": ",".join(inputs)}},
+            inductor_configs={"aot_inductor.metadata": {"inputs": ",".join(inputs), "dtype": dtype}},
         )
-        return {"dtype": str(model.dtype).removeprefix("torch."), "inputs": list(inputs)}
+        return {"dtype": dtype, "inputs": list(inputs)}
 
     def ensures(self, out: Path) -> None:
         if not (out / "model.pt2").is_file():

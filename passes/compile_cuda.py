@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from optimize.models.checkpoint import max_length, read_config
-from optimize.models.loading import load_model, sample_inputs
+from optimize.models.loading import load_model
 from optimize.models.tasks import TASKS
 from optimize.passes._cuda_graphs import CACHE, GRAPHS, Captured, shapes_of
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
@@ -58,11 +58,11 @@ class CompileCuda(Pass):
         shapes = shapes_of(context.workload, max_length(source.path, config))
         settings = {
             "shapes": shapes, "compile": self.compile, "autotune": self.autotune,
-            "inputs": list(sample_inputs(source.path)), "fill": config.get("pad_token_id") or 0,
+            "fill": config.get("pad_token_id") or 0,
         }  # fmt: skip
         (out / GRAPHS).write_text(json.dumps(settings))
         begun = time.perf_counter()
-        Captured(out, load_model(source.path, context.task))
+        Captured(out, load_model(source.path, context.task, device="cuda"), context.task)
         seconds = time.perf_counter() - begun
         saved = torch.compiler.save_cache_artifacts() if self.compile else None
         if saved is not None:

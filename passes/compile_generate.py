@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from optimize.models.checkpoint import compiles_whole, read_config
 from optimize.models.loading import copy_carried
 from optimize.models.tasks import TASKS
-from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS, MIB
 
 COMPILER = 500 * MIB  # in the process that runs it
@@ -36,8 +36,8 @@ class CompileGenerate(Pass):
     freeze: bool = False
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
-        if not TASKS[checkpoint.task].generates:
-            return f"{checkpoint.task} generates nothing: compile-aoti compiles a forward pass"
+        if TASKS[checkpoint.task].form is not Form.PROMPTS:
+            return f"{checkpoint.task} continues no text: compile-aoti compiles a forward pass"
         if shutil.which("g++") is None and shutil.which("clang++") is None:
             return "no C++ compiler on this host: install g++ or clang++"
         model_type = str(read_config(checkpoint.folder).get("model_type", ""))

@@ -1,4 +1,4 @@
-"""convert-openvino: an OpenVINO IR with dynamic batch and sequence, through transformers' own exporter."""
+"""convert-openvino: an OpenVINO IR with dynamic batch (and sequence, of text), through transformers' own exporter."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from optimize.models.encoding import load_tokenizer
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
 from optimize.models.tasks import TASKS
 from optimize.passes._openvino_rewrites import spell_out_repeats
-from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
+from optimize.passes._openvino_speech import ENCODER, save_speech_model
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass
 from optimize.pipeline.memory import FRAMEWORKS, MIB
 
 IR = "openvino_model.xml"
+EXACT_CACHE = {"KV_CACHE_PRECISION": "f32"}  # of speech: OpenVINO's own choice moved logits by 0.3% of the largest
+DECODING = ("config.json", "generation_config.json")  # what a speech model's tokens have to keep to
 TOKENIZERS = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")
 RUNTIME_OPTIONS = "runtime.json"  # properties that the runtime compiles the model with; OpenVINO has no place for them
 
@@ -24,9 +27,10 @@ LAYER = 8 * MIB  # of a traced layer's operations
 
 @dataclass(frozen=True)
 class ConvertOpenvino(Pass):
-    """Trace the model into an OpenVINO IR with dynamic batch and sequence; of a language model, one with its own cache.
+    """Trace the model into an OpenVINO IR with dynamic batch (and sequence, of text).
 
-    Not by way of ONNX: there attention is spelt out, and int8 runs at half the speed.
+    A language model's has its own cache. Not by way of ONNX: there attention is spelt out, and int8 runs at half the
+    speed.
     Source: https://huggingface.co/docs/transformers (exporters), https://docs.openvino.ai (model conversion)
     """
 
@@ -54,7 +58,14 @@ class ConvertOpenvino(Pass):
         from transformers.exporters.utils import decompose_for_generation
 
         model = load_model(source.path, context.task, "float32")
-        inputs = sample_inputs(source.path)
+        inputs = sample_inputs(source.path, context.task)
+        if TASKS[context.task].form is Form.CLIPS:
+            operations = save_speech_model(model, inputs, out / ENCODER, out / IR)
+            for name in DECODING:
+                if (source.path / name).is_file():
+                    shutil.copyfile(source.path / name, out / name)
+            write_runtime_options(out, "f32", **EXACT_CACHE)
+            return {"operations": operations}
         if TASKS[context.task].generates:
             # one program for prompts and steps alike, which keeps its KV cache itself: what openvino-genai runs
             prompts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -63,6 +74,8 @@ class ConvertOpenvino(Pass):
         else:
             config = OpenVINOConfig(dynamic=True, dynamic_shapes=dynamic_shapes(source.path, inputs))
         program = OpenVINOExporter().export(model, inputs, config=config).program
+        if TASKS[context.task].form is Form.IMAGES:  # of which the exporter leaves the size open, too
+            program.reshape({name: [-1, *value.shape[1:]] for name, value in inputs.items()})
         repeats = spell_out_repeats(program)
         openvino.save_model(program, out / IR, compress_to_fp16=False)
         write_runtime_options(out, "f32")
@@ -75,11 +88,12 @@ class ConvertOpenvino(Pass):
 
 
 def check_dynamic(out: Path) -> None:
-    """Raise ValueError for an input of the IR that takes one shape alone."""
+    """Raise ValueError for an input of the IR that takes one batch, or text of one length, alone."""
     import openvino
 
     for port in openvino.Core().read_model(out / IR).inputs:
-        if not all(dimension.is_dynamic for dimension in port.partial_shape):
+        varies = list(port.partial_shape)[: 2 if len(port.partial_shape) == 2 else 1]
+        if not all(dimension.is_dynamic for dimension in varies):
             raise ValueError(f"{port.any_name} has a fixed shape {port.partial_shape}")
 
 
@@ -92,13 +106,19 @@ def save_tokenizers(folder: Path, out: Path) -> None:
         openvino.save_model(graph, out / name, compress_to_fp16=False)
 
 
-def carry_tokenizers(folder: Path, out: Path) -> None:
-    """Copy the tokenizers along, where there are any."""
-    for path in (each for name in TOKENIZERS for each in folder.glob(Path(name).stem + ".*")):
+def graphs(folder: Path) -> list[str]:
+    """The files of a folder's models: two of speech."""
+    return [name for name in (IR, ENCODER) if (folder / name).is_file()]
+
+
+def carry_along(folder: Path, out: Path) -> None:
+    """Copy what lies beside the models: graphs of a tokenizer, and what a speech model keeps to."""
+    beside = [each for name in TOKENIZERS for each in folder.glob(Path(name).stem + ".*")]
+    for path in (*beside, *(folder / name for name in DECODING if (folder / name).is_file())):
         shutil.copyfile(path, out / path.name)
 
 
-def write_runtime_options(out: Path, precision: str, **more: int) -> None:
+def write_runtime_options(out: Path, precision: str, **more: int | str) -> None:
     """Write down all that the gate runs it with, but for the number of threads; `precision` is "f32" or "bf16".
 
     Always: left to itself, OpenVINO runs a float32 model in bfloat16 wherever the processor can.

@@ -1,4 +1,4 @@
-"""export-onnx: an ONNX graph with dynamic batch and sequence, through transformers' own exporter."""
+"""export-onnx: an ONNX graph with dynamic batch (and sequence, of text), through transformers' own exporter."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ExportOnnx(Pass):
         from transformers.exporters.exporter_onnx import OnnxExporter
 
         model = load_model(source.path, context.task, self.dtype)
-        inputs = sample_inputs(source.path)
+        inputs = sample_inputs(source.path, context.task, self.dtype)
         config = OnnxConfig(
             dynamic=True,
             dynamic_shapes=dynamic_shapes(source.path, inputs),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from optimize.passes.convert_openvino import IR, carry_tokenizers, write_runtime_options
+from optimize.passes.convert_openvino import carry_along, graphs, write_runtime_options
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
 
@@ -43,7 +43,8 @@ class HintOpenvino(Pass):
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         import openvino
 
-        openvino.save_model(openvino.Core().read_model(source.path / IR), out / IR, compress_to_fp16=True)
+        for name in graphs(source.path):
+            openvino.save_model(openvino.Core().read_model(source.path / name), out / name, compress_to_fp16=True)
         write_runtime_options(out, self.precision)
-        carry_tokenizers(source.path, out)
+        carry_along(source.path, out)
         return {}

@@ -52,7 +52,7 @@ class OptimizeIpex(Pass):
         import torch
 
         model = load_model(source.path, context.task, "float32")
-        inputs = sample_inputs(source.path)
+        inputs = sample_inputs(source.path, context.task)
         dtype = torch.float32 if self.mode == "fp32" else torch.bfloat16
         # not where weights are int8: traced under autocast, its second call gave NaN (release 2.8)
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.mode == "bf16"):

@@ -12,7 +12,7 @@ from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
 from optimize.pipeline.memory import FRAMEWORKS
 
-INTEGER = ("MatMulInteger", "QGemm")  # what dynamic quantization makes of products
+INTEGER = ("MatMulInteger", "QGemm", "ConvInteger")  # what dynamic quantization makes of products
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class QuantizeOnnx(Pass):
     """ONNX Runtime's quantizer, symmetric int8 weights.
 
     Static mode writes QDQ pairs whose ranges come from `samples` calibration texts. Raises RuntimeError when no
-    MatMul was quantized. `keep` leaves that many products in floating point: those whose inputs int8 represents worst.
+    product was quantized. `keep` leaves that many products in floating point: those whose inputs int8 represents worst.
     Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
     """
 
@@ -64,18 +64,19 @@ class QuantizeOnnx(Pass):
         )
 
         graph, result = source.path / GRAPH, out / GRAPH
+        model = _without_shapes_of_weights(graph)
         batches = load_batches(context.calibration) if context.calibration else []
         if self.calibrated and not batches:
             raise RuntimeError("static quantization and keep need calibration data")
         kept = noisiest_products(graph, batches[:SAMPLES], self.keep)
         if self.mode == "dynamic":
             quantize_dynamic(
-                graph, result, weight_type=QuantType.QInt8, per_channel=self.per_channel, nodes_to_exclude=kept,
+                model, result, weight_type=QuantType.QInt8, per_channel=self.per_channel, nodes_to_exclude=kept,
                 use_external_data_format=True,
             )  # fmt: skip
         else:
             quantize_static(
-                graph, result, Feed(batches[: self.samples]), nodes_to_exclude=kept,
+                model, result, Feed(batches[: self.samples]), nodes_to_exclude=kept,
                 quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                 per_channel=self.per_channel, calibrate_method=CalibrationMethod.MinMax,
                 op_types_to_quantize=list(PRODUCTS), use_external_data_format=True,
@@ -84,3 +85,15 @@ class QuantizeOnnx(Pass):
             return quantized_products(source.path, out) | {"kept": kept}
         eligible, quantized = count_nodes(source.path, PRODUCTS), count_nodes(out, INTEGER)
         return coverage(quantized, eligible) | {"kept": kept}
+
+
+def _without_shapes_of_weights(graph: Path) -> Any:
+    """ONNX Runtime transposes some weights, and would then find them unlike the shapes that the graph has for them."""
+    import onnx
+
+    model = onnx.load(graph)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    shapes = [info for info in model.graph.value_info if info.name not in weights]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(shapes)
+    return model

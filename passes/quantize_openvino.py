@@ -18,14 +18,15 @@ from optimize.passes._openvino_rewrites import (
     smooth_activations,
 )
 from optimize.passes._sensitivity import SAMPLES, check_options, noisiest
-from optimize.passes.convert_openvino import IR, carry_tokenizers, write_runtime_options
+from optimize.passes.convert_openvino import EXACT_CACHE, IR, carry_along, graphs, write_runtime_options
 from optimize.pipeline.batches import Encoded, load_batches
-from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass, Target
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.memory import FRAMEWORKS
 
 # how much of an outlying activation channel moves into the weights: NNCF's own 0.95 leaves them too coarse
 SMOOTHING = 0.85
+PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
 WINDOWS = 16  # of calibration text that int4's scales are estimated on, and activations smoothed
 
 
@@ -67,14 +68,17 @@ class QuantizeOpenvino(Pass):
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         if self.mode == "static" and TASKS[checkpoint.task].generates:
-            return "int8 activations of language models are not written yet: mode=weights or mode=int4"
-        if self.smooth and not TASKS[checkpoint.task].generates:
+            return "int8 activations of language and speech models are not written yet: mode=weights"
+        if self.mode == "int4" and TASKS[checkpoint.task].form is Form.CLIPS:
+            return "four bits are for language models"
+        if self.smooth and TASKS[checkpoint.task].form is not Form.PROMPTS:
             return "smooth is for language models"
         return None
 
     def memory(self, checkpoint: Checkpoint) -> int:
         # what is read is mapped, and compiled for the calibration; what is written is whole in memory
-        copies = {"weights": 3.6 if self.smooth else 1.5, "int4": 3.0, "static": 4.0}[self.mode]
+        speech = TASKS[checkpoint.task].form is Form.CLIPS  # two models, one after the other
+        copies = {"weights": 3.6 if self.smooth or speech else 1.5, "int4": 3.0, "static": 4.0}[self.mode]
         return FRAMEWORKS + int(copies * 4 * checkpoint.parameters)
 
     def weight_bytes(self, checkpoint: Checkpoint) -> int:
@@ -89,7 +93,7 @@ class QuantizeOpenvino(Pass):
         import openvino
 
         model = openvino.Core().read_model(source.path / IR)
-        eligible = _count(model, is_matmul_of_weights)
+        eligible = _count(model, is_product_of_weights)
         kept: list[str] = []
         facts: dict[str, Any] = {}
         options: dict[str, Any] = {}
@@ -116,14 +120,22 @@ class QuantizeOpenvino(Pass):
                 ),
             )  # fmt: skip
             _correct_bias(model, source_model, feeds)
-        quantized = _count(model, _is_matmul_of_int8)
+        quantized = _count(model, lambda node: is_product_of_weights(node) and _is_int8(node))
         if not quantized:
             raise RuntimeError(f"none of {eligible} matrix products was quantized")
-        if self.mode == "weights" and TASKS[context.task].generates:
+        if self.mode == "weights" and TASKS[context.task].form is Form.PROMPTS:
             facts["merged"] = merge_products(model)
         openvino.save_model(model, out / IR, compress_to_fp16=False)
+        for name in graphs(source.path)[1:]:  # of speech, whose weights alone are quantized
+            beside = openvino.Core().read_model(source.path / name)
+            eligible += _count(beside, is_product_of_weights)
+            beside = nncf.compress_weights(beside, mode=nncf.CompressWeightsMode.INT8_ASYM)
+            quantized += _count(beside, lambda node: is_product_of_weights(node) and _is_int8(node))
+            openvino.save_model(beside, out / name, compress_to_fp16=False)
+        if TASKS[context.task].form is Form.CLIPS:
+            options |= EXACT_CACHE
         write_runtime_options(out, "f32", **options)
-        carry_tokenizers(source.path, out)
+        carry_along(source.path, out)
         return {"quantized": quantized, "eligible": eligible, "kept": kept, **facts}
 
 
@@ -228,8 +240,17 @@ def is_matmul_of_weights(node: Any) -> bool:
     return bool(node.get_type_name() == "MatMul" and weight_of(node).get_type_name() == "Constant")
 
 
+def is_product_of_weights(node: Any) -> bool:
+    """The same, convolutions among them."""
+    return bool(node.get_type_name() in PRODUCTS and weight_of(node).get_type_name() == "Constant")
+
+
 def _is_matmul_of_int8(node: Any) -> bool:
-    return is_matmul_of_weights(node) and weight_of(node).get_element_type().size == 1
+    return is_matmul_of_weights(node) and _is_int8(node)
+
+
+def _is_int8(product: Any) -> bool:
+    return bool(weight_of(product).get_element_type().size == 1)
 
 
 def weight_of(node: Any) -> Any:

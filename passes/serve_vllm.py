@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from optimize.models.checkpoint import dimensions, max_length, read_config
 from optimize.models.tasks import TASKS
 from optimize.passes._limits import LONGEST, Limits, limits_of
-from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind, Pass, Placement, Target
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.memory import FRAMEWORKS
 
@@ -26,8 +26,9 @@ class ServeVllm(Pass):
     """The checkpoint, serve.yaml for `vllm serve`, and how much of the GPU is taken while it is measured.
 
     `quantization` has vLLM quantize the weights as it loads them, and activations as they come; `cache` is the dtype of
-    the KV cache; `gpus` share every layer. `batched` tokens are computed in one step at most (0: as many as vLLM
-    chooses). `eager` leaves out compilation and CUDA graphs: a server is up in seconds then, and slower.
+    the KV cache. `gpus` share every layer, and `replicas` of them divide prompts among them. `batched` tokens are
+    computed in one step at most (0: as many as vLLM chooses). `eager` leaves out compilation and CUDA graphs: a server
+    is up in seconds then, and slower.
     Source: https://docs.vllm.ai/en/latest/serving/engine_args.html
     """
 
@@ -41,12 +42,14 @@ class ServeVllm(Pass):
     quantization: Literal["none", "fp8"] = "none"
     cache: Literal["auto", "fp8"] = "auto"
     gpus: int = 1
+    replicas: int = 1
     batched: int = 0
     eager: bool = False
 
     def __post_init__(self) -> None:
-        if self.gpus < 1:
-            raise RequestError(f"{self.name}: gpus={self.gpus} is not at least 1")
+        for option in ("gpus", "replicas"):
+            if getattr(self, option) < 1:
+                raise RequestError(f"{self.name}: {option}={getattr(self, option)} is not at least 1")
         if self.batched and self.batched < LONGEST:
             raise RequestError(
                 f"{self.name}: batched={self.batched} is less than {LONGEST}",
@@ -58,6 +61,10 @@ class ServeVllm(Pass):
         return True
 
     @property
+    def placement(self) -> Placement:
+        return Placement(self.gpus, self.replicas)
+
+    @property
     def arithmetic(self) -> str | None:
         return "float8_e4m3fn" if self.quantization == "fp8" else self.dtype
 
@@ -67,8 +74,8 @@ class ServeVllm(Pass):
         needed = "float8_e4m3fn" if "fp8" in (self.quantization, self.cache) else self.dtype
         if needed not in target.dtypes:
             return f"{target.device} has no {needed} arithmetic"
-        if self.gpus > max(target.gpus, 1):
-            return f"it is for {self.gpus} GPUs, and here are {target.gpus}"
+        if self.placement.gpus > target.gpus > 0:  # without GPUs, processes take their place
+            return f"it is for {self.placement.gpus} GPUs, and here are {target.gpus}"
         return None
 
     def memory(self, checkpoint: Checkpoint) -> int:
@@ -95,6 +102,7 @@ class ServeVllm(Pass):
             "quantization": "" if self.quantization == "none" else self.quantization,
             "kv-cache-dtype": "" if self.cache == "auto" else self.cache,
             "tensor-parallel-size": self.gpus if self.gpus > 1 else 0,
+            "data-parallel-size": self.replicas if self.replicas > 1 else 0,
             "max-num-batched-tokens": self.batched,
             "enforce-eager": self.eager,
         }
@@ -111,9 +119,7 @@ class ServeVllm(Pass):
 
 
 def cache_bytes(config: dict[str, Any], cells: tuple[Cell, ...], limits: Limits, width: int) -> int:
-    """Of a KV cache that holds every sequence of the largest cell, and the longest that is judged: of numbers of `width`
-    bytes.
-    """
+    """Of a KV cache that holds the largest cell, and the longest text that is judged: numbers of `width` bytes."""
     pages = [cell.batch * -(-(cell.sequence + cell.new) // PAGE) for cell in cells]
     tokens = PAGE * (1 + max(*pages, limits.batch + limits.sequence // PAGE))
     return int(SPARE * width * dimensions(config).cache * tokens)

@@ -36,7 +36,7 @@ class Torchscript(Pass):
 
         model = load_model(source.path, context.task)
         with torch.no_grad():
-            return {"operations": trace(model, sample_inputs(source.path), out)}
+            return {"operations": trace(model, sample_inputs(source.path, context.task), out)}
 
     def ensures(self, out: Path) -> None:
         check(out)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from optimize.pipeline.batches import NEW
+from optimize.pipeline.batches import NEW, SOUND
 
 WARM = 8  # tokens of the prompt that warms up
 
@@ -57,11 +57,14 @@ class GenerationCall(Call):
         from optimize.targets.runtimes.generating import generate
 
         self.batch, self._session = batch, session
-        rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        self.prompts = [row[mask != 0] for row, mask in rows]
+        if SOUND in batch:
+            self.prompts = list(batch[SOUND])
+        else:
+            rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+            self.prompts = [row[mask != 0] for row, mask in rows]
         self.run = partial(generate, session, self.prompts, int(batch[NEW]))
         self.tell = partial(generate, session, self.prompts, int(batch[NEW]), logprobs=True)
-        self.warm = partial(generate, session, [self.prompts[0][:WARM]], 2)
+        self.warm = partial(generate, session, [self.prompts[0] if SOUND in batch else self.prompts[0][:WARM]], 2)
 
     def phases(self, outputs: Any) -> tuple[float, ...]:
         first = outputs.seconds[0]

@@ -9,14 +9,14 @@ from optimize.pipeline.progress import accuracy_text
 from optimize.pipeline.usage import install, usage
 from optimize.pipeline.verdict import Candidate
 
-WITH_RUNTIME = """With its runtime and transformers' tokenizer, in this folder (`{install}`):
+WITH_RUNTIME = """With its runtime and transformers' {reader}, in this folder (`{install}`):
 
 ```python
 {usage}```
 
 Or with `import optimize; model = optimize.load(".")`, which drops into `transformers.pipeline`.
 """
-WITH_TOOLCHAIN = """With its runtime and transformers' tokenizer, in this folder and an environment of its own ({apart};
+WITH_TOOLCHAIN = """With its runtime and transformers' {reader}, in this folder and an environment of its own ({apart};
 `{install}`):
 
 ```python
@@ -39,11 +39,14 @@ Or with `optimize serve .`, an OpenAI-compatible endpoint of a private server. `
 def _table(speed: Speed) -> str:
     rows = [f"| {cell.cell} | {1e3 * cell.baseline_seconds:.2f} | {1e3 * cell.seconds:.2f} | {cell.speedup} |"
             for cell in speed.cells]  # fmt: skip
-    return "\n".join(["| batch x tokens | eager, ms | this, ms | speedup |", "|---|---|---|---|", *rows])
+    return "\n".join(
+        [f"| {speed.cells[0].cell.form.words} | eager, ms | this, ms | speedup |", "|---|---|---|---|", *rows]
+    )
 
 
 def _generation_table(speed: Speed) -> str:
-    rows = ["| batch x prompt+new | to the first token, ms | speedup | tokens/s after it | speedup | all | ",
+    form = speed.cells[0].cell.form.words
+    rows = [f"| {form} | to the first token, ms | speedup | tokens/s after it | speedup | all | ",
             "|---|---|---|---|---|---|"]  # fmt: skip
     for cell in speed.cells:
         assert cell.first is not None and cell.rest is not None
@@ -102,7 +105,7 @@ def _how_to_run(report: Report, winner: Candidate) -> str:
     asked = (report, winner.kind, winner.recipe)
     return form.format(
         install=install(*asked), usage=usage(*asked), version=report.host.packages.get("ollama", "unknown"),
-        apart=_toolchain_text(report, winner.kind),
+        apart=_toolchain_text(report, winner.kind), reader=report.workload[0].form.reader,
     )  # fmt: skip
 
 

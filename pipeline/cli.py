@@ -37,7 +37,7 @@ def main_group() -> None:
 @click.argument("model")
 @click.option("--target", help="Where the artifact will run: cpu, gpu. [default: cpu]")
 @click.option("--task", help="What the checkpoint is for. [default: inferred from it]")
-@click.option("--data", metavar="FILE", help="Your own text, labelled or not: .jsonl, .csv, .parquet, or NAME:SPLIT.")
+@click.option("--data", metavar="FILE", help="Your own data: .jsonl, .csv, .parquet, images by class, NAME:SPLIT.")
 @click.option("--out", type=click.Path(path_type=Path), help="The emitted folder. [default: ./MODEL-TARGET]")
 @click.option("--recipe", "recipes", multiple=True, metavar="NAME|TEXT", help="Only this recipe; may be repeated.")
 @click.option("--max-drop", type=float, help="What may be lost. [default: 0.001 of fidelity, 1% of perplexity]")
@@ -49,8 +49,10 @@ def main_group() -> None:
     show_default=True,
     help="Share of the host that other work may take meanwhile.",
 )
-@click.option("--workload", help="Cells to measure, batch x tokens, or batch x prompt+new. [default: the task's]")
-@click.option("--budget", help="Time for measuring all candidates together. [default: 3m; for generation 10m]")
+@click.option("--workload", help="Cells: batch x tokens, batch x prompt+new, images, clips+new. [default: the task's]")
+@click.option(
+    "--budget", help="Time for measuring all candidates together. [default: 3m; for generation 10m, speech 5m]"
+)
 @click.option(
     "--objective", default="latency", show_default=True, help="Emit the best at: latency, throughput, memory, size."
 )

@@ -76,6 +76,7 @@ class LabelKind(Word):
     ANSWERS = "answers"  # every text that is right; of none, the question cannot be answered
     CHOICE = "choice"  # the right one of a question's choices, by index
     TARGETS = "targets"  # every text that is right, of which a language model writes one
+    TRANSCRIPT = "transcript"  # what is said
 
     @property
     def names_classes(self) -> bool:
@@ -106,6 +107,8 @@ class Dimensions:
     layers: int = 0
     vocabulary: int = 0
     cache: int = 0  # numbers that the KV cache keeps of one token, over all layers
+    image: int = 0  # numbers of one image as the model takes it
+    clip: int = 0  # likewise of one sound
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ class Target:
     gpus: int = 0  # that the artifact runs on; none is the processor
     gpu_memory: int = 0  # bytes of each
     driver: str = ""  # of the GPUs
+    links: str = ""  # between several of them: "NVLink" or "PCIe"
 
     @property
     def device_type(self) -> str:
@@ -162,21 +166,50 @@ class Artifact:
     digest: str  # content: sha256 over its files, known after
 
 
+class Form(Word):
+    """What a model is given, by how a cell of its workload is written."""
+
+    TOKENS = "BATCHxTOKENS"
+    PROMPTS = "BATCHxPROMPT+NEW"
+    IMAGES = "BATCH"  # each as large as the checkpoint's image processor makes it
+    CLIPS = "BATCH+NEW"  # sounds, each as long as the model hears at once, and the tokens that are written of it
+
+    @property
+    def words(self) -> str:
+        """As titles have it."""
+        named = {Form.IMAGES: "batch of images", Form.CLIPS: "batch of clips + new tokens"}
+        return named.get(self) or self.replace("x", " x ").lower()
+
+    @property
+    def reader(self) -> str:
+        """What a checkpoint makes inputs with."""
+        return {Form.IMAGES: "image processor", Form.CLIPS: "feature extractor"}.get(self, "tokenizer")
+
+
 @dataclass(frozen=True)
 class Cell:
     """One point of the workload: what is timed as one call."""
 
     batch: int
-    sequence: int  # tokens, all of them real: no padding; of a generation, those of the prompt
+    sequence: int = (
+        0  # tokens, all of them real: no padding; of a generation, those of the prompt; 0 of images and clips
+    )
     new: int = 0  # tokens that are generated for each prompt; 0 is one forward pass
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.sequence}" + (f"+{self.new}" if self.new else "")
+        return f"{self.batch}" + (f"x{self.sequence}" if self.sequence else "") + (f"+{self.new}" if self.new else "")
+
+    @property
+    def form(self) -> Form:
+        """How it is written."""
+        if not self.sequence:
+            return Form.CLIPS if self.new else Form.IMAGES
+        return Form.PROMPTS if self.new else Form.TOKENS
 
     @property
     def tokens(self) -> int:
-        """All that go through the model in one call."""
-        return self.batch * (self.sequence + self.new)
+        """All that go through the model in one call; an image counts as one."""
+        return self.batch * max(self.sequence + self.new, 1)
 
 
 @dataclass(frozen=True)
@@ -187,6 +220,18 @@ class Context:
     target: Target
     calibration: Path | None = None  # an .npz of model inputs (see models/encoding.py), never of evaluation examples
     workload: tuple[Cell, ...] = ()  # what will be measured
+
+
+@dataclass(frozen=True)
+class Placement:
+    """On which GPUs an artifact runs."""
+
+    shards: int = 1  # GPUs that share one copy of the weights
+    replicas: int = 1  # copies of them
+
+    @property
+    def gpus(self) -> int:
+        return self.shards * self.replicas
 
 
 @dataclass(frozen=True)
@@ -220,6 +265,11 @@ class Pass(ABC):
     def shaped(self) -> bool:
         """Whether what it makes is for the shapes of the workload (which then enters the key)."""
         return False
+
+    @property
+    def placement(self) -> Placement:
+        """On which GPUs what it makes runs."""
+        return Placement()
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         """Why it cannot run for this checkpoint here, or None. Cheap: it imports no framework."""
@@ -260,6 +310,10 @@ class Recipe:
     @property
     def produces(self) -> Kind:
         return self.passes[-1].produces if self.passes else Kind.CHECKPOINT
+
+    @property
+    def placement(self) -> Placement:
+        return self.passes[-1].placement if self.passes else Placement()
 
     @property
     def toolchains(self) -> tuple[str, ...]:
@@ -303,7 +357,9 @@ class Session(Protocol):
     inputs: tuple[str, ...]
 
     def run(self, batch: Batch) -> dict[str, Array]:
-        """One forward pass. Inputs are int64 arrays of [batch, sequence]; outputs are float32, by field name."""
+        """One forward pass. Inputs are int64 arrays of [batch, sequence]; images float32 of [batch, channels, height,
+        width]. Outputs are float32, by field name.
+        """
 
 
 class Generator(Protocol):
@@ -323,6 +379,22 @@ class Generator(Protocol):
 
     def step(self, tokens: Array) -> Array:
         """Append one token to each sequence, [batch]: the logits of what comes next, [batch, vocabulary]."""
+
+
+class Transcriber(Protocol):
+    """A live speech model in a worker process: a Generator whose prompts are clips, float32 of [mels, frames] each.
+
+    What a transcription begins with is the checkpoint's own; what it never writes is far below all else in the logits.
+    """
+
+    def logits(self, clip: Array, tokens: Array) -> Array:
+        """Of the positions before each of `tokens` of a transcription, [sequence]: [sequence, vocabulary]."""
+
+    def prefill(self, clips: Sequence[Array], room: int) -> Array:
+        """Begin anew: the logits of each transcription's first token, [batch, vocabulary]."""
+
+    def step(self, tokens: Array) -> Array:
+        """As a Generator's."""
 
 
 @dataclass(frozen=True)

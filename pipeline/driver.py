@@ -94,12 +94,14 @@ class Request:
         plan = make_plan(
             checkpoint, target, recipes, others=offered,
             workload=self.workload or shortened(task.workload, checkpoint.max_length),
-            generates=task.generates, budget=parse_budget(self.budget or task.budget),
+            form=task.form, budget=parse_budget(self.budget or task.budget),
             gates=Gates(task.max_drop if self.max_drop is None else self.max_drop, self.min_speedup, self.max_load),
-            evaluation=f"{len(read.evaluation)} examples of {read.source}, {len(read.calibration)} others to calibrate"
+            evaluation=f"{len(read.evaluation)} examples of {read.source}, "
+            f"{len(read.calibration) or 'no'} others to calibrate"
             + (f"; {len(read.questions)} questions of {self.data}" if read.questions else ""),
             calibration_digest=read.calibration_digest if read.calibration else None,
-            running_memory=memory.running_memory, toolchains=toolchains, allow_archived=self.allow_archived,
+            running_memory=memory.running_memory, gpu_memory=memory.gpu_memory, toolchains=toolchains,
+            allow_archived=self.allow_archived,
         )  # fmt: skip
         pooling = tasks.sentence_pooling(checkpoint.folder) if task.name == "sentence-similarity" else None
         labelling = Labelling(read.kind, read.labels, classes) if read.kind is not None else None

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from optimize.pipeline.accuracy import cosine
-from optimize.pipeline.batches import load_batches
+from optimize.pipeline.batches import judged_positions, load_batches
 from optimize.pipeline.contract import Artifact, Kind
 from optimize.pipeline.driver import LIVE, cache_folder
 from optimize.pipeline.emit import EVIDENCE, EVIDENCE_FILES
@@ -246,7 +246,7 @@ def _compare_layers(
     except WorkerError as error:
         return (), f"its layers cannot be looked at: {error.message}"
     names = {name: name for name in found[0]} if before.kind == after.kind else _by_weights(known, answer)
-    masks = [batch["attention_mask"] != 0 for batch in load_batches(trial.inputs / f"{TEXT}.npz")[:BATCHES]]
+    masks = [judged_positions(batch) != 0 for batch in load_batches(trial.inputs / f"{TEXT}.npz")[:BATCHES]]
     drops, last = [], ""
     for name, other in names.items():
         last = modules.get(other, last)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from optimize.pipeline.batches import FIRST, NEW, load_batches, save_batches
+from optimize.pipeline.batches import FIRST, NEW, SOUND, load_batches, save_batches
 from optimize.pipeline.calls import call_of
 from optimize.pipeline.language import IDS, LOSS, REGRET, TOKENS, regrets, score
-from optimize.pipeline.questions import ANSWERS, CHARACTERS, ENDS, LIKELIHOODS, sequences
+from optimize.pipeline.questions import ANSWERS, CHARACTERS, ENDS, LIKELIHOODS, SPOKEN, sequences
 from optimize.pipeline.tokens import GUESSES, LOGPROBS, PLACES, TEXT_ENDS
 
 
@@ -20,9 +20,16 @@ def score_windows(session: Any, windows: str, reference: str | None, out: str, f
     answer every question behind them, with the tokenizer in a checkpoint's `folder`.
     """
     batches = load_batches(Path(windows))
-    named = [each.get(IDS) for each in load_batches(Path(reference))] if reference else [None] * len(batches)
+    named = load_batches(Path(reference)) if reference else [{} for _ in batches]
     found = []
-    for batch, ids in zip(batches, named, strict=True):
+    for batch, theirs in zip(batches, named, strict=True):
+        ids = theirs.get(IDS)
+        if SOUND in batch:
+            heard, problems = _transcribed(session, batch, theirs, Path(folder))
+            if problems:
+                return {"problems": problems, "repeat_error": 0.0}
+            found.append(heard)
+            continue
         if ENDS in batch:
             found.append({ANSWERS: np.array(_answers(session, batch, Path(folder)), dtype=np.str_)})
             continue
@@ -37,9 +44,28 @@ def score_windows(session: Any, windows: str, reference: str | None, out: str, f
         likelihoods = np.array([-each[LOSS].sum(dtype=np.float64) for each in scores])
         found.append({LIKELIHOODS: likelihoods} if CHARACTERS in batch else scores[0])
     save_batches(Path(out), found)
-    tokens = batches[0]["input_ids"]
-    repeat = float(np.abs(session.logits(tokens, 1) - session.logits(tokens, 1)).max())
+    again = (batches[0][SOUND], found[0][SPOKEN]) if SOUND in batches[0] else (batches[0]["input_ids"], 1)
+    repeat = float(np.abs(session.logits(*again) - session.logits(*again)).max())
     return {"problems": [], "repeat_error": repeat}
+
+
+def _transcribed(
+    session: Any, batch: Mapping[str, Any], reference: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """A clip's transcription to its end, as text, and what the session finds of the reference's, token by token; and
+    what is wrong with that by itself.
+    """
+    from optimize.models.speech import text_reader
+    from optimize.targets.runtimes.generating import write_until
+
+    ends = batch[ENDS].tolist()
+    (written,) = write_until(session, [batch[SOUND]], int(batch[NEW]), lambda tokens: tokens[-1] in ends)
+    spoken = reference.get(SPOKEN, np.array(written, dtype=np.int64))
+    logits = session.logits(batch[SOUND], spoken)
+    if problems := _wrong(logits, len(spoken)):
+        return {}, problems
+    text = np.array([text_reader(folder)(written)], dtype=np.str_)
+    return score(logits, spoken, reference.get(IDS)) | {SPOKEN: spoken, ANSWERS: text}, []
 
 
 def _answers(session: Any, batch: Mapping[str, Any], folder: Path) -> list[str]:
@@ -76,6 +102,8 @@ def write_on(session: Any, prompts: str, out: str, *, scores: bool) -> dict[str,
     """Continue every prompt of an .npz greedily, and hold each token against the session's own scoring, if it `scores`.
     Else `repeat_error` is the share of the first prompts' tokens that differ the second time.
     """
+    from optimize.targets.runtimes.generating import logits_of
+
     found: list[dict[str, Any]] = []
     calls = [call_of(session, batch) for batch in load_batches(Path(prompts))]
     # all of them first: some runtimes have one model to generate and another to score, and hold one at a time
@@ -86,7 +114,7 @@ def write_on(session: Any, prompts: str, out: str, *, scores: bool) -> dict[str,
             return {"problems": [f"tokens of {made.tokens.shape} for {expected}"], "repeat_error": 0.0}
         for index, (prompt, tokens) in enumerate(zip(call.prompts, made.tokens, strict=True)):
             if scores:
-                logits = session.logits(np.concatenate([prompt, tokens[:-1]]), len(tokens))
+                logits = logits_of(session, prompt, tokens)
                 found.append(score(logits, tokens) | {TOKENS: tokens, REGRET: regrets(logits, tokens)})
             else:
                 ends = np.array(session.ends, dtype=np.int64)

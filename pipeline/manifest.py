@@ -28,11 +28,12 @@ from optimize.pipeline.versions import installed_version, ollama_version
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-SCHEMA_VERSION = "2.4"
+SCHEMA_VERSION = "2.5"
 FILE = "optimize.json"
 REPORT = "report.json"  # in a run's folder
 RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers",
-            "gguf", "torchao", "xllamacpp", "onnxruntime-genai", "openvino-genai", "openvino-tokenizers")  # fmt: skip
+            "gguf", "torchao", "xllamacpp", "onnxruntime-genai", "openvino-genai", "openvino-tokenizers",
+            "pillow", "soundfile")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class Need:
 
     build: int = 0
     run: int = 0
+    gpu: int = 0  # bytes of each GPU that its artifact runs on
 
     def beside(self, baseline: int) -> int:
         """Bytes of all processes at once. The baseline is closed for building where both do not fit."""
@@ -40,6 +41,17 @@ def why_too_large(need: Need, baseline: int, memory: int) -> str | None:
     if need.beside(baseline) > memory:
         return f"needs about {gib(need.beside(baseline))} GiB to run beside the baseline; {there}"
     return None
+
+
+def why_gpu_too_small(need: Need, baseline: Need, memory: int) -> str | None:
+    """Why an artifact does not fit beside the baseline into `memory` bytes of a GPU; None where it does."""
+    together = need.gpu + baseline.gpu
+    if not memory or together <= memory:
+        return None
+    return (
+        f"needs about {gib(need.gpu)} GiB of each of its GPUs, and {gib(baseline.gpu)} for the baseline; "
+        f"there are {memory / GIB:.1f}"
+    )
 
 
 def what_would_fit(needs: Mapping[str, Need], baseline: int, memory: int) -> str:

@@ -115,7 +115,7 @@ def classification_metrics(
     changed = int((before != after).sum())
     _, sizes = np.unique(truth, return_counts=True)
     rarest = len(truth) / (len(sizes) * int(sizes.min()))
-    return accuracy, _bootstrapped("macro F1", macro, before, after, changed, weight=rarest)
+    return accuracy, bootstrapped("macro F1", macro, before, after, changed, weight=rarest)
 
 
 def similarity_metrics(
@@ -143,7 +143,7 @@ def similarity_metrics(
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
         return tuple(
-            _bootstrapped(name, correlation(test), before, after, len(truth), "pairs", by_width=True)
+            bootstrapped(name, correlation(test), before, after, len(truth), "pairs", by_width=True)
             for name, test in (("Pearson", stats.pearsonr), ("Spearman", stats.spearmanr))
         )
 
@@ -184,7 +184,7 @@ def tagging_metrics(
     changed = int((counts[:, 0] != counts[:, 1]).any(axis=1).sum())
     having = max(int(counts.any(axis=(1, 2)).sum()), 1)  # sentences without an entity on any side say nothing
     before, after, weight = counts[:, 0], counts[:, 1], len(counts) / having
-    return _bootstrapped("entity F1", entity_f1, before, after, changed, "sentences", weight=weight), accuracy
+    return bootstrapped("entity F1", entity_f1, before, after, changed, "sentences", weight=weight), accuracy
 
 
 def answering_metrics(
@@ -209,7 +209,7 @@ def answering_metrics(
     changed = int((scores[0] != scores[1]).sum())
     return (
         share_of_right("exact match", each(exact_match, before), each(exact_match, after)),
-        _bootstrapped("token F1", mean, *scores, changed),
+        bootstrapped("token F1", mean, *scores, changed),
     )
 
 
@@ -233,7 +233,7 @@ def share_of_right(name: str, before: NDArray[np.bool_], after: NDArray[np.bool_
     )  # fmt: skip
 
 
-def _bootstrapped(
+def bootstrapped(
     name: str,
     statistic: Callable[[NDArray[Any], NDArray[Any]], float],
     before: NDArray[Any],

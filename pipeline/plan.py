@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Pass, Recipe, Target
+from optimize.pipeline.contract import Cell, Checkpoint, Form, Gates, Kind, Pass, Recipe, Target
 from optimize.pipeline.errors import RequestError, ToolchainError
-from optimize.pipeline.memory import DRIVER, GIB, MORE, Need, gib, what_would_fit, why_too_large
+from optimize.pipeline.memory import DRIVER, GIB, MORE, Need, gib, what_would_fit, why_gpu_too_small, why_too_large
 from optimize.pipeline.recipe import UNCHANGED, parse, pass_text, recipe_text
 from optimize.pipeline.store import Store
 from optimize.pipeline.toolchains import Environment, Toolchains
@@ -18,10 +19,15 @@ from optimize.pipeline.versions import installed_version
 
 KEY_VERSION = 1  # bump when the meaning of keys changes
 DEFAULT_WORKLOAD = "1x32,1x128,8x128"
+# for example
+WORKLOADS = {Form.TOKENS: "1x32,8x128", Form.PROMPTS: "1x32+32,1x512+16", Form.IMAGES: "1,8,32",
+             Form.CLIPS: "1+32,4+32"}  # fmt: skip
+PARTS = {"BATCH": "batch", "TOKENS": "sequence", "PROMPT": "sequence", "NEW": "new"}  # of a form, and fields of a cell
 MAX_TOKENS = 1 << 20  # in one cell: more is a typing error, and would only end in an out-of-memory kill
 
 # bytes that running an artifact of that kind takes; the checkpoint's weight_bytes are the artifact's
 RunningMemory = Callable[[Kind, Checkpoint, Sequence[Cell]], int]
+GpuMemory = Callable[[Kind, Checkpoint, Sequence[Cell], int], int]  # of each GPU; the last is how many share weights
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class Plan:
     baseline_memory: int = 0  # the same of the baseline's
     environments: Mapping[str, Environment] = field(default_factory=dict)  # by toolchain, of those that are used
     allow_archived: bool = False  # whether a recipe that is archived may be emitted
+    eager_gpu: int = 0  # bytes of the GPU that the reference or the baseline takes at most, by estimate
 
     def fits_beside_baseline(self, recipes: Iterable[PlannedRecipe]) -> bool:
         """Whether these can be built while the baseline is kept in memory."""
@@ -93,20 +100,22 @@ class Plan:
     def describe(self, store: Store | None = None) -> str:
         """The plan as text: what golden tests hold, and with a store, what is cached and what will be built."""
         checkpoint, gates = self.checkpoint, self.gates
-        generates = self.workload[0].new > 0
+        form = self.workload[0].form
+        generates = form in (Form.PROMPTS, Form.CLIPS)
         drop = "perplexity up by" if generates else "drop"
         revision = f"@{checkpoint.revision[:12]}" if checkpoint.revision else ""
         lines = [
             f"checkpoint  {checkpoint.name}{revision} ({checkpoint.architecture}, {checkpoint.task}, "
             f"{checkpoint.parameters / 1e6:.1f} M parameters, {checkpoint.dtype})",
             f"target      {self.target.name}: {self.target.device}, {_what_it_has(self.target)}",
-            f"workload    {', '.join(map(str, self.workload))} (batch x {'prompt+new' if generates else 'tokens'}), "
+            f"workload    {', '.join(map(str, self.workload))} ({form.words}), "
             f"timed for about {self.budget:.0f} s, longer on a slow host",
             f"evaluation  {self.evaluation}",
             f"gates       {drop} at most {gates.max_drop:g}, speedup above {gates.min_speedup:g}, "
             f"foreign load at most {gates.max_load:g}",
             f"memory      about {gib(self.reference_memory)} GiB for the reference, {gib(self.baseline_memory)} for the"
-            " baseline, which runs beside each candidate",
+            " baseline, which runs beside each candidate"
+            + (f"; about {gib(self.eager_gpu)} GiB of the GPU for either" if self.eager_gpu else ""),
             "",
         ]
         width = max((len(planned.recipe.name) for planned in self.recipes), default=0)
@@ -120,7 +129,8 @@ class Plan:
                 condition += " (archived: measured, not emitted)"
             lines.append(
                 f"{planned.recipe.name:<{width}}  {' -> '.join(steps) or 'the checkpoint as it is'}"
-                f"; {gib(planned.need.build)} GiB to build, {gib(planned.need.run)} to run{condition}"
+                f"; {gib(planned.need.build)} GiB to build, {gib(planned.need.run)} to run{_on_gpus(planned)}"
+                f"{condition}"
             )
         lines += [
             f"toolchain {name}: {'named by the user: ' if each.named else ''}{each.python}, Python {each.version}"
@@ -136,13 +146,14 @@ def make_plan(
     recipes: Iterable[Recipe],
     *,
     workload: str = DEFAULT_WORKLOAD,
-    generates: bool = False,
+    form: Form = Form.TOKENS,
     gates: Gates | None = None,
     budget: float = 180.0,
     evaluation: str = "",
     calibration_digest: str | None = None,
     others: Iterable[Recipe] = (),
     running_memory: RunningMemory = lambda *_: 0,
+    gpu_memory: GpuMemory = lambda *_: 0,
     toolchains: Toolchains | None = None,
     allow_archived: bool = False,
 ) -> Plan:
@@ -158,12 +169,14 @@ def make_plan(
         raise RequestError(f"--min-speedup {gates.min_speedup:g} is not above 0 and below 1000")
     if not 0 <= gates.max_load <= 1:
         raise RequestError(f"--max-load {gates.max_load:g} is not between 0 and 1")
-    cells = parse_workload(workload, checkpoint.max_length, generates=generates)
+    cells = parse_workload(workload, checkpoint.max_length, form)
     source_key = checkpoint_key(checkpoint)
 
     def with_keys(recipe: Recipe) -> PlannedRecipe:
         environments = _environments(recipe, toolchains)
-        return _planned(recipe, source_key, checkpoint, target, calibration_digest, cells, running_memory, environments)
+        return _planned(
+            recipe, source_key, checkpoint, target, calibration_digest, cells, running_memory, gpu_memory, environments
+        )
 
     def why_not(recipe: Recipe) -> str | None:
         return _reason(recipe, checkpoint, target, calibration_digest, toolchains)
@@ -171,15 +184,17 @@ def make_plan(
     planned: list[PlannedRecipe] = []
     left_out: list[LeftOut] = []
     reference = with_keys(parse("cast-dtype{dtype=float32}" if checkpoint.dtype != "float32" else UNCHANGED))
-    baseline = with_keys(parse(UNCHANGED)).need.run
-    _check_reference_fits(reference, baseline, target)
+    eager = with_keys(parse(UNCHANGED)).need
+    baseline = eager.run
+    _check_reference_fits(reference.need, eager, target)
     for recipe in recipes:
         reason = why_not(recipe)
         if reason is not None:
             left_out.append(LeftOut(recipe, reason))
             continue
         each = with_keys(recipe)
-        if large := why_too_large(each.need, baseline, target.memory):
+        large = why_too_large(each.need, baseline, target.memory)
+        if large := large or why_gpu_too_small(each.need, eager, target.gpu_memory):
             left_out.append(LeftOut(recipe, large, too_large=True))
             continue
         planned.append(each)
@@ -198,7 +213,7 @@ def make_plan(
     return Plan(
         checkpoint, source_key, target, tuple(planned), tuple(left_out), cells, gates, budget, evaluation,
         calibration_digest, next(iter(reference.steps), None), reference.need.run, baseline, environments,
-        allow_archived,
+        allow_archived, max(reference.need.gpu, eager.gpu),
     )  # fmt: skip
 
 
@@ -210,6 +225,7 @@ def _planned(
     calibration_digest: str | None,
     cells: Sequence[Cell],
     running_memory: RunningMemory,
+    gpu_memory: GpuMemory,
     environments: Mapping[str, Environment],
 ) -> PlannedRecipe:
     """A recipe with its keys, and with the memory that its steps and its artifact take."""
@@ -225,13 +241,20 @@ def _planned(
         facts = replace(facts, weight_bytes=step.weight_bytes(facts), dtype=step.arithmetic or facts.dtype)
     running = running_memory(recipe.produces, facts, cells) + more
     archived = "; ".join(filter(None, (each.archived for each in environments.values())))
-    need = Need(max((step.memory for step in steps), default=0), running)
+    on_gpu = gpu_memory(recipe.produces, facts, cells, recipe.placement.shards) if target.gpus else 0
+    need = Need(max((step.memory for step in steps), default=0), running, on_gpu)
     return PlannedRecipe(recipe, tuple(steps), need, archived)
 
 
-def _check_reference_fits(reference: PlannedRecipe, baseline: int, target: Target) -> None:
+def _check_reference_fits(reference: Need, baseline: Need, target: Target) -> None:
     """Raise RequestError where nothing could be judged or timed."""
-    needed = DRIVER + max(reference.need.build, reference.need.run, baseline)
+    if target.gpus and max(reference.gpu, baseline.gpu) > target.gpu_memory:
+        raise RequestError(
+            f"the float32 reference needs about {gib(reference.gpu)} GiB of GPU memory, and the baseline "
+            f"{gib(baseline.gpu)}; there are {target.gpu_memory / GIB:.1f}",
+            hint="run on a GPU with more, or give a smaller --workload or checkpoint: no recipe is judged without it",
+        )
+    needed = DRIVER + max(reference.build, reference.run, baseline.run)
     if needed > target.memory:
         raise RequestError(
             f"the float32 reference needs about {gib(needed)} GiB of memory, {target.memory / GIB:.1f} may be used",
@@ -239,28 +262,25 @@ def _check_reference_fits(reference: PlannedRecipe, baseline: int, target: Targe
         )
 
 
-def parse_workload(text: str, max_length: int, *, generates: bool = False) -> tuple[Cell, ...]:
-    """Read `1x32,8x128` (batch x tokens), or `1x32+64` (and new ones, for a model that `generates`).
-
-    Raises RequestError for what cannot be run.
-    """
-    cells = []
+def parse_workload(text: str, max_length: int, form: Form = Form.TOKENS) -> tuple[Cell, ...]:
+    """Read cells of that form, such as `1x32,8x128`. Raises RequestError for what cannot be run."""
+    pattern = re.sub("[A-Z]+", lambda part: rf"(?P<{PARTS[part[0]]}>\d+)", re.escape(form))
+    cells: list[Cell] = []
     for part in text.split(","):
-        batch, _, sequence = part.strip().partition("x")
-        sequence, plus, new = sequence.partition("+")
-        numbers = (batch, sequence, *([new] if plus else []))
-        if not all(number.isascii() and number.isdigit() for number in numbers) or bool(plus) is not generates:
-            form, example = ("BATCHxPROMPT+NEW", "1x32+32,1x512+16") if generates else ("BATCHxTOKENS", "1x32,8x128")
-            raise RequestError(f"--workload: {part!r} is not {form}", hint=f"for example {example}")
-        cell = Cell(int(batch), int(sequence), int(new or 0))
-        if generates and cell.new < 2:
+        match = re.fullmatch(pattern, part.strip(), re.ASCII)
+        if match is None:
+            raise RequestError(f"--workload: {part!r} is not {form}", hint=f"for example {WORKLOADS[form]}")
+        cell = Cell(**{name: int(number) for name, number in match.groupdict().items()})
+        if form in (Form.PROMPTS, Form.CLIPS) and cell.new < 2:
             raise RequestError(f"--workload: {cell}: at least 2 new tokens, to tell the first from the rest")
-        if cell.batch < 1 or cell.sequence < 4:
-            raise RequestError(f"--workload: {cell}: at least a batch of 1 and 4 tokens (two of them are special)")
+        if form in (Form.IMAGES, Form.CLIPS) and cell.batch < 1:
+            raise RequestError(f"--workload: {cell}: at least a batch of 1")
+        if form in (Form.TOKENS, Form.PROMPTS) and (cell.batch < 1 or cell.sequence < 4):
+            raise RequestError(f"--workload: {part}: at least a batch of 1 and 4 tokens (two of them are special)")
         if cell.sequence + cell.new > max_length:
             raise RequestError(
                 f"--workload: {cell} is longer than the model's limit of {max_length} tokens",
-                hint="prompt and new tokens count together" if generates else "name a shorter one",
+                hint="prompt and new tokens count together" if cell.new else "name a shorter one",
             )
         if cell.tokens > MAX_TOKENS:
             raise RequestError(f"--workload: {cell} is more than {MAX_TOKENS} tokens in one call")
@@ -274,9 +294,9 @@ def shortened(workload: str, max_length: int) -> str:
     """A workload that nobody asked for, for a model that takes less: prompts are cut, cells that become one are one."""
     cells: dict[str, None] = {}
     for part in workload.split(","):
-        batch, _, tokens = part.partition("x")
+        batch, x, tokens = part.partition("x")
         sequence, plus, new = tokens.partition("+")
-        cells[f"{batch}x{min(int(sequence), max_length - int(new or 0))}{plus}{new}"] = None
+        cells[f"{batch}x{min(int(sequence), max_length - int(new or 0))}{plus}{new}" if x else part] = None
     return ",".join(cells)
 
 
@@ -346,7 +366,7 @@ def _reason(
             if _version(tool, environments.get(step.toolchain)) is None:
                 return f"{step.name} needs {tool}, which is not installed: pip install {tool}"
         if step.calibrated and calibration_digest is None:
-            return f"{step.name}: no calibration data"
+            return f"{step.name}: no calibration data (--data would give some)"
     return None
 
 
@@ -354,10 +374,20 @@ def _sha256(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
 
 
+def _on_gpus(planned: PlannedRecipe) -> str:
+    """Of a recipe's line: what it takes of which GPUs."""
+    place = planned.recipe.placement
+    if not planned.need.gpu:
+        return ""
+    each = f", {gib(planned.need.gpu)} of {'the GPU' if place.gpus == 1 else f'each of {place.gpus} GPUs'}"
+    return each + (f": {place.replicas} copies" if place.replicas > 1 else "")
+
+
 def _what_it_has(target: Target) -> str:
     """Of the plan's line about the target."""
     host = f"{target.cores} cores, {target.memory / 2**30:.0f} GiB"
     if target.gpus:
         memory = f"{target.gpu_memory / 2**30:.0f} GiB, compute capability {target.arch}, driver {target.driver}"
-        return f"{memory}; {host} on its host"
+        several = f"{target.gpus} of them over {target.links}, each " if target.gpus > 1 else ""
+        return f"{several}{memory}; {host} on its host"
     return f"{host}; {', '.join(target.features) or 'no vector extensions known'}"

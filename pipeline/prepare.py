@@ -1,9 +1,10 @@
-"""Before anything is built: the text is encoded, the host's peaks are known, and the checkpoint is watched."""
+"""Before anything is built: what is judged is encoded, the host's peaks are known, and the checkpoint is watched."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from optimize.pipeline.build import Builder
@@ -53,13 +54,16 @@ class Unchanged:
 
 
 def encode_text(builder: Builder, plan: Plan, texts: Texts, unchanged: Unchanged) -> None:
-    """Encode all text. A checkpoint whose tokenizer does not load is refused here, before anything is built."""
+    """Encode all examples. A checkpoint whose tokenizer or image processor does not load is refused here, before
+    anything is built.
+    """
     checkpoint = plan.checkpoint
-    builder.progress.doing("prepare", "encoding text")
+    builder.progress.doing("prepare", "encoding examples")
     try:
         builder.worker().ask(
             "prepare", limit=STEP_LIMIT, progress=builder.progress.tick, folder=str(checkpoint.folder),
-            evaluation=list(texts.evaluation), calibration=list(texts.calibration),
+            evaluation=_on_disk(texts.evaluation, builder.folder),
+            calibration=_on_disk(texts.calibration, builder.folder),
             cells=[(cell.batch, cell.sequence, cell.new) for cell in plan.workload],
             task=checkpoint.task, max_length=checkpoint.max_length, out=str(builder.folder),
             labelled=texts.labelling is not None, questions=list(texts.questions),
@@ -67,7 +71,23 @@ def encode_text(builder: Builder, plan: Plan, texts: Texts, unchanged: Unchanged
     except WorkerError as error:
         unchanged.check()
         hint = error.hint or f"see {builder.folder / 'logs' / 'build.log'}"
-        raise unusable(f"{checkpoint.model_id}: its tokenizer cannot be used", error, hint) from error
+        raise unusable(
+            f"{checkpoint.model_id}: its {plan.workload[0].form.reader} cannot be used", error, hint
+        ) from error
+
+
+def _on_disk(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Mapping[str, Any]]:
+    """Rows as a request can carry them: files that came as bytes lie in the run's folder."""
+
+    def written(value: Any) -> Any:
+        if not isinstance(value, Mapping) or "bytes" not in value:
+            return value
+        path = folder / "files" / value["sha256"]
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(value["bytes"])
+        return {**{name: each for name, each in value.items() if name != "bytes"}, "path": str(path)}
+
+    return [{name: written(value) for name, value in row.items()} for row in rows]
 
 
 def find_peaks(builder: Builder) -> Peaks | None:

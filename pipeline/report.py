@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimize.pipeline.contract import DEFAULT, Cell, Kind, Meaning
+from optimize.pipeline.contract import DEFAULT, Cell, Form, Kind, Meaning
 from optimize.pipeline.errors import ExitCode
 from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.manifest import Baseline, Report
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDE = 180  # columns that the whole table takes
-WIDE_TITLES = ("build\ns", "load\ns", "tokens/s", "limit")
+WIDE_TITLES = ("build\ns", "load\ns", "{rate}/s", "limit")
 STYLES = {
     Status.PASSED: "green", Status.ARCHIVED: "yellow", Status.NOT_FASTER: "yellow", Status.INCONCLUSIVE: "yellow",
 }  # fmt: skip
@@ -101,8 +101,9 @@ def _table(report: Report, *, wide: bool) -> object:
     named = ("ppl", "KL") if report.evaluation.meaning is Meaning.NEXT else ("cosine", "worst")
     titles = [named[0], *([named[1]] if wide else []), *map(str, workload), "overall", "mem\nMiB", "size\nMiB"]
     table.add_column("recipe", no_wrap=True)
+    rate = "images" if report.workload[0].form is Form.IMAGES else "tokens"
     for title in (*titles, *(WIDE_TITLES if wide else [])):
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(title.format(rate=rate), justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     if report.baseline is not None:
         side = report.baseline

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from optimize.pipeline.contract import DEFAULT, Kind, Meaning
+from pathlib import Path
+
+from optimize.pipeline.contract import DEFAULT, Form, Kind
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.toolchain_files import read_toolchain
 
@@ -13,19 +15,34 @@ TOKENIZE = """from transformers import AutoTokenizer
 inputs = dict(AutoTokenizer.from_pretrained(".")(["Some text."], padding=True, return_tensors="{tensors}"))
 """
 
+PROCESS = """from PIL import Image
+from transformers import AutoImageProcessor
+
+image = Image.open("image.png").convert("{mode}")
+inputs = dict(AutoImageProcessor.from_pretrained(".", backend="pil")(images=[image], return_tensors="{tensors}"))
+"""
+# images are floats, and so in the dtype that the model computes in
+CAST = {
+    Kind.CHECKPOINT: "inputs = {name: value.to(model.dtype) for name, value in inputs.items()}\n",
+    Kind.CUDA_GRAPHS: "inputs = {name: value.to(model.dtype) for name, value in inputs.items()}\n",
+    Kind.AOTI: """dtype = getattr(torch, model.get_metadata()["dtype"])
+inputs = {name: value.to(dtype) for name, value in inputs.items()}
+""",
+}
+
 RUN = {
     Kind.CHECKPOINT: """import torch
 from transformers import {auto_class}
 
 model = {auto_class}.from_pretrained(".", dtype="auto").eval()
-with torch.inference_mode():
+{cast}with torch.inference_mode():
     outputs = model(**inputs)
 """,
     Kind.AOTI: """import torch
 
 model = torch._inductor.aoti_load_package("model.pt2")  # torch {torch}, on a processor like this one
 names = model.get_metadata()["inputs"].split(",")
-with torch.inference_mode():
+{cast}with torch.inference_mode():
     outputs = model(**{{name: inputs[name] for name in names}})
 """,
     Kind.TORCHSCRIPT: """import torch
@@ -104,7 +121,7 @@ from transformers import {auto_class}
 settings = json.load(open("graphs.json"))
 model = {auto_class}.from_pretrained(".", dtype="auto").eval().cuda()
 call = torch.compile(model, dynamic=False, fullgraph=True) if settings["compile"] else model
-inputs = {{name: inputs[name].cuda() for name in settings["inputs"]}}
+{cast}inputs = {{name: value.cuda() for name, value in inputs.items()}}
 with torch.inference_mode():
     for _ in range(3):
         call(**inputs)
@@ -236,21 +253,80 @@ GENERATES = {Kind.OPENVINO: LLM_PIPELINE, Kind.GGUF: SERVE, Kind.OLLAMA: OLLAMA,
              Kind.TENSORRT_LLM: TENSORRT_LLM, Kind.VLLM: VLLM}  # fmt: skip
 
 
+HEAR = """import soundfile
+from transformers import AutoFeatureExtractor, AutoTokenizer
+
+samples, rate = soundfile.read("clip.wav", dtype="float32")  # one channel, at the rate that the extractor asks for
+extractor, tokenizer = AutoFeatureExtractor.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+features = extractor(samples, sampling_rate=rate, return_tensors="{tensors}")["input_features"]
+"""
+TRANSCRIBES = {
+    Kind.CHECKPOINT: HEAR.format(tensors="pt")
+    + """
+from transformers import AutoModelForSpeechSeq2Seq
+
+model = AutoModelForSpeechSeq2Seq.from_pretrained(".", dtype="auto").eval()
+print(tokenizer.decode(model.generate(features.to(model.dtype))[0], skip_special_tokens=True))
+""",
+    Kind.OPENVINO: HEAR.format(tensors="np")
+    + """
+import json
+import numpy as np
+import openvino
+
+options, core = json.load(open("runtime.json")), openvino.Core()
+encoder, decoder = (core.compile_model(name, "CPU", options).create_infer_request()
+                    for name in ("openvino_encoder.xml", "openvino_model.xml"))
+encoder.infer({{0: features}})
+place = lambda state: (int(state.name.rsplit("layers.", 1)[1].split(".")[0]), state.name.endswith("values"))
+crossed = sorted((state for state in decoder.query_state() if "cross_attention_cache" in state.name), key=place)
+for index, state in enumerate(crossed):
+    state.state = encoder.get_output_tensor(index)
+
+def logits(token):
+    decoder.infer({{"decoder_input_ids": np.array([[token]]), "beam_idx": np.zeros(1, np.int32)}})
+    found = decoder.get_output_tensor(0).data[0, -1].copy()
+    found[{never}] = -np.inf  # what the checkpoint never writes
+    return found
+
+for token in {prompt}:  # what every transcription begins with
+    found = logits(token)
+found[{never_first}] = -np.inf
+tokens = [found.argmax()]
+while tokens[-1] != {end} and len(tokens) < 128:
+    tokens.append(logits(tokens[-1]).argmax())
+print(tokenizer.decode(tokens, skip_special_tokens=True))
+""",
+}
+
+
 def usage(report: Report, kind: Kind, recipe: str) -> str:
     """Python that runs the emitted folder without this package, from inside it."""
+    from optimize.models.images import image_mode
+    from optimize.models.speech import read_decoding
     from optimize.models.tasks import TASKS
 
+    if report.workload[0].form is Form.CLIPS:
+        said = read_decoding(Path(report.checkpoint.folder))
+        return TRANSCRIBES[kind].format(
+            prompt=list(said.prompt), end=said.end, never=list(said.never), never_first=list(said.never_first)
+        )
     if TASKS[report.checkpoint.task].generates:
         compiles = "compile-generate" in recipe
         prepare = (PACK if "quantize-torchao{mode=int4}" in recipe else "") + (COMPILE if compiles else "")
         options = ", compile_config=compiling" if compiles else ""
         return GENERATES.get(kind) or GENERATE.format(prepare=prepare, options=options)
-    tensors = "pt" if kind in TENSORS else "np"
-    auto_class = TASKS[report.checkpoint.task].auto_class
+    task = TASKS[report.checkpoint.task]
+    images = task.form is Form.IMAGES
+    tensors, mode = "pt" if kind in TENSORS else "np", image_mode(Path(report.checkpoint.folder)) if images else ""
+    given = (PROCESS if images else TOKENIZE).format(tensors=tensors, mode=mode)
     opened = PLUGGED_IN if "provider=tensorrt-rtx" in recipe else BUILT_IN
-    run = RUN[kind].format(auto_class=auto_class, torch=report.host.packages.get("torch"), open=opened)
+    run = RUN[kind].format(
+        auto_class=task.auto_class, torch=report.host.packages.get("torch"), open=opened,
+        cast=CAST.get(kind, "") if images else "",
+    )  # fmt: skip
     pooled = POOL[report.evaluation.pooling] if report.evaluation.pooling else ""
-    return TOKENIZE.format(tensors=tensors) + "\n" + run + pooled
+    return given + "\n" + run + pooled
 
 
 def install(report: Report, kind: Kind, recipe: str) -> str:
@@ -262,8 +338,10 @@ def install(report: Report, kind: Kind, recipe: str) -> str:
         had = report.host.toolchains[kind.toolchain].packages
         return f"pip install {' '.join(f'{name}=={had[name]}' for name in toolchain.provides if name in had)}"
     versions = report.host.packages
-    needed = [name for name in IMPORTS[kind] if name != "openvino-genai" or report.evaluation.meaning is Meaning.NEXT]
+    prompts = report.workload[0].form is Form.PROMPTS
+    needed = [name for name in IMPORTS[kind] if name != "openvino-genai" or prompts]
     quantizer = ("torchao",) if "quantize-torchao" in recipe else ()
-    wanted = [name for name in ("transformers", *needed, *quantizer) if name in versions]
+    reader = {Form.IMAGES: ("pillow",), Form.CLIPS: ("soundfile",)}.get(report.workload[0].form, ())
+    wanted = [name for name in ("transformers", *reader, *needed, *quantizer) if name in versions]
     named = [f"{name}=={versions[name].partition('+')[0]}" for name in wanted]  # without a build's own label
     return f"pip install {' '.join(named)}"

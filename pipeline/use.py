@@ -19,7 +19,7 @@ def stream(folder: Path, prompt: str, most: int, *, sample: bool, raw: bool) -> 
     """
     task = read_manifest(folder).report.checkpoint.task
     if task != "text-generation":
-        raise RequestError(f"{folder} is for {task}: it generates no text", hint="call it with optimize.load(FOLDER)")
+        raise RequestError(f"{folder} is for {task}: it continues no text", hint="call it with optimize.load(FOLDER)")
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise RequestError("the prompt is not UTF-8", hint="encode it so")
     logging.disable(logging.WARNING)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from optimize.pipeline.batches import NEW, UNTIMED
+from optimize.pipeline.batches import NEW, UNTIMED, judged_positions
 from optimize.pipeline.calls import Call, call_of
 from optimize.pipeline.contract import Artifact, Cell, Context, Kind, Target
 from optimize.pipeline.errors import OptimizeError
@@ -54,32 +54,17 @@ class Worker:
         labelled: bool = False,
         questions: list[Any] | None = None,
     ) -> None:
-        """Encode text with the checkpoint's tokenizer into evaluation.npz, calibration.npz and cells.npz.
-
-        Where the text is `labelled`, evaluation.npz also has what turns outputs into answers (see answers.py). A
-        language model's labelled `questions` stand behind the windows of its text.
-        """
-        from optimize.models import encoding, language
-        from optimize.models.questions import encode_questions
+        """Encode examples as the checkpoint does into evaluation.npz, calibration.npz and cells.npz: tasks.Encoder."""
         from optimize.models.tasks import TASKS
         from optimize.pipeline.batches import save_batches
 
-        source, target = Path(folder), Path(out)
-        if TASKS[task].generates:
-            windows = language.encode_windows(source, evaluation, max_length)
-            asked = encode_questions(source, questions or [], max_length)
-            save_batches(target / "evaluation.npz", [*windows, *asked])
-            if calibration:
-                save_batches(target / "calibration.npz", language.encode_windows(source, calibration, max_length))
-            prompts = language.encode_prompts(source, evaluation, [Cell(*cell) for cell in cells])
-            save_batches(target / "cells.npz", prompts)
-            return
-        batches = encoding.encode(source, evaluation, max_length, encoding.BATCH_SIZES, labelled=labelled)
-        save_batches(target / "evaluation.npz", batches)
-        if calibration:
-            save_batches(target / "calibration.npz", encoding.encode(source, calibration, max_length, (1,)))
-        shapes = [(batch, sequence) for batch, sequence, _ in cells]
-        save_batches(target / "cells.npz", encoding.encode_cells(source, evaluation, shapes))
+        encoded = TASKS[task].encoder.encode_all(
+            Path(folder), evaluation, calibration, questions or [], [Cell(*cell) for cell in cells], max_length,
+            labelled=labelled,
+        )  # fmt: skip
+        for name, batches in encoded.items():
+            if batches:
+                save_batches(Path(out) / f"{name}.npz", batches)
 
     def build(
         self,
@@ -165,20 +150,20 @@ class Worker:
     def sweep(self, within: float) -> dict[str, float]:
         """The throughput of growing batches of the longest cell's rows, until it grows no more: the best of them.
 
-        Of a language model, tokens that are generated, after the shortest prompt. No batch is begun after `within`
-        seconds.
+        Of a language model, tokens that are generated, after the shortest prompt; an image counts as one token. No
+        batch is begun after `within` seconds.
         """
         import numpy as np
 
         generates = NEW in self._cells[0].batch
         widest = min if generates else max
-        cell = widest((cell.batch for cell in self._cells), key=lambda batch: int(batch["input_ids"].shape[1]))
-        tokens = int(cell[NEW]) if generates else int(cell["input_ids"].shape[1])
+        cell = widest((cell.batch for cell in self._cells), key=lambda batch: judged_positions(batch).shape[1])
+        tokens = int(cell[NEW]) if generates else judged_positions(cell).shape[1]
         longest = MAX_GENERATION if generates else MAX_CALL
         best, batch, idle, seconds = {"batch": 0, "tokens_per_second": 0.0}, 1, 0, 0.0
         begun = time.perf_counter()
         while batch <= MAX_BATCH and idle < 2 and seconds < longest and time.perf_counter() - begun < within:
-            rows = {name: np.resize(array, (batch, array.shape[1])) for name, array in cell.items() if array.ndim == 2}
+            rows = {name: np.resize(array, (batch, *array.shape[1:])) for name, array in cell.items() if array.ndim > 1}
             call, calls = call_of(self._session, {**cell, **rows}), []
             for _ in range(3):  # the first warms up
                 call.renew()
@@ -235,7 +220,7 @@ class Worker:
             missing = sorted(TASKS[task].outputs.keys() - outputs.keys())
             if missing or problems:
                 return {"problems": problems or [f"output {', '.join(missing)} is missing"], "repeat_error": 0.0}
-            examples += judged_outputs(TASKS[task], outputs, batch["attention_mask"], pooling)
+            examples += judged_outputs(TASKS[task], outputs, judged_positions(batch), pooling)
         save_batches(Path(out), examples)
         first, again = self._run(loaded[0]), self._run(loaded[0])
         repeat = max(float(np.abs(first[name] - again[name]).max(initial=0)) for name in TASKS[task].outputs)
@@ -269,7 +254,7 @@ def _problems(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> list[str]
     import numpy as np
 
     found = []
-    rows, tokens = batch["input_ids"].shape
+    rows, tokens = judged_positions(batch).shape
     for name, array in outputs.items():
         if array.dtype != np.float32:
             found.append(f"{name} is {array.dtype}, not float32")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from optimize.models.tasks import TASKS
-from optimize.pipeline.contract import Checkpoint, Recipe, Target
+from optimize.pipeline.contract import Checkpoint, Form, Recipe, Target
 from optimize.pipeline.recipe import parse
 
 # instruction sets that change what compilers and kernels do; other flags do not enter keys
@@ -79,6 +79,12 @@ GENERATING = {  # for language models
     "optimum-intel-int8": "export-optimum-intel{weights=int8}",
     "optimum-intel-int8-bf16": "export-optimum-intel{weights=int8},hint-openvino",
 }
+TRANSCRIBING = {  # for speech models
+    "eager-bf16": "cast-dtype",
+    "openvino": "convert-openvino",
+    "openvino-bf16": "convert-openvino,hint-openvino",
+    "openvino-int8-weights": "convert-openvino,quantize-openvino{mode=weights}",
+}
 # tried only by name: benchmarks/README.md shows what beats each of them everywhere, or that it is too inaccurate; of
 # each toolchain one recipe is tried wherever that is installed
 BY_NAME = frozenset({
@@ -119,7 +125,10 @@ def probe() -> Target:
 
 def recipes(checkpoint: Checkpoint, target: Target) -> tuple[Recipe, ...]:
     """The candidates, cheapest first. A pass that cannot run here says so in the plan."""
-    if TASKS[checkpoint.task].generates:
+    form = TASKS[checkpoint.task].form
+    if form is Form.CLIPS:
+        return tuple(parse(text, name) for name, text in TRANSCRIBING.items())
+    if form is Form.PROMPTS:
         return tuple(replace(parse(text, name), default=name not in BY_NAME) for name, text in GENERATING.items())
     found = (replace(parse(text, name), default=name not in BY_NAME) for name, text in RECIPES.items())
     return tuple(replace(each, after=RECOVERIES.get(each.name, "")) for each in found)

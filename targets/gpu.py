@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from optimize.models.tasks import TASKS
-from optimize.pipeline.contract import Checkpoint, Recipe, Target
+from optimize.pipeline.contract import Checkpoint, Form, Recipe, Target
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.recipe import parse
 from optimize.targets import cpu
@@ -30,6 +31,11 @@ RECIPES = {
     "tensorrt-fp16": "export-onnx{dtype=float16},build-tensorrt",
     "tensorrt-fp8": "export-onnx,quantize-modelopt{mode=fp8},build-tensorrt",
 }
+IMAGES = ("eager-fp16", "eager-bf16", "graphs-fp16", "compiled-fp16", "compiled-bf16")  # those that take them
+TRANSCRIBING = {
+    "eager-fp16": "cast-dtype{dtype=float16}",
+    "eager-bf16": "cast-dtype",
+}
 GENERATING = {  # for language models
     "eager-fp16": "cast-dtype{dtype=float16}",
     "eager-bf16": "cast-dtype",
@@ -43,17 +49,26 @@ BY_NAME = frozenset({"eager-fp16", "eager-bf16", "compiled-fp16-autotuned"})  # 
 RECOVERIES: dict[str, str] = {}
 
 
-def probe() -> Target:
-    """The first GPU that CUDA_VISIBLE_DEVICES leaves, asked through its driver. Raises RequestError where none is."""
+@dataclass(frozen=True)
+class Device:
+    """What the driver tells of one GPU."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int  # bytes
+    used: int  # bytes of them, by whatever process
+    nvlinks: int  # that are up
+    driver: str
+
+
+def devices() -> tuple[Device, ...]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order. Raises RequestError where its driver tells of none."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
         try:
-            device = pynvml.nvmlDeviceGetHandleByIndex(0)
-            capability = pynvml.nvmlDeviceGetCudaComputeCapability(device)
-            found = (pynvml.nvmlDeviceGetName(device), pynvml.nvmlDeviceGetMemoryInfo(device).total,
-                     pynvml.nvmlSystemGetDriverVersion())  # fmt: skip
+            found = tuple(_read(handle) for handle in _handles())
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
@@ -61,25 +76,79 @@ def probe() -> Target:
             f"this host has no NVIDIA GPU that its driver tells of ({error})",
             hint="use --target cpu, or see nvidia-smi",
         ) from None
-    name, memory, driver = found
-    host = cpu.probe()
+    if not found:
+        raise RequestError("CUDA_VISIBLE_DEVICES leaves none of this host's GPUs", hint="unset it, or name some")
+    return found
+
+
+def _handles() -> list[Any]:
+    """By index, or by what an identifier begins with; CUDA leaves out all from the first that names none."""
+    import pynvml
+
+    every = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return every
+    chosen: list[Any] = []
+    for word in (each.strip() for each in visible.split(",")):
+        if word.isdigit():
+            named = every[int(word) : int(word) + 1]
+        else:
+            named = [each for each in every if word and pynvml.nvmlDeviceGetUUID(each).startswith(word)]
+        if len(named) != 1:
+            break
+        chosen += named
+    return chosen
+
+
+def _read(device: Any) -> Device:
+    import pynvml
+
+    def is_up(link: int) -> bool:
+        try:
+            return bool(pynvml.nvmlDeviceGetNvLinkState(device, link))
+        except pynvml.NVMLError:  # it has no such link
+            return False
+
+    memory = pynvml.nvmlDeviceGetMemoryInfo(device)
+    return Device(
+        pynvml.nvmlDeviceGetName(device), tuple(pynvml.nvmlDeviceGetCudaComputeCapability(device)), int(memory.total),
+        int(memory.used), sum(map(is_up, range(pynvml.NVML_NVLINK_MAX_LINKS))), pynvml.nvmlSystemGetDriverVersion(),
+    )  # fmt: skip
+
+
+def probe() -> Target:
+    """The first GPU that CUDA_VISIBLE_DEVICES leaves, asked through its driver. Raises RequestError where none is."""
+    return target_of(devices()[:1])
+
+
+def target_of(found: Sequence[Device]) -> Target:
+    """Like GPUs of this host."""
+    host, first = cpu.probe(), found[0]
+    linked = "NVLink" if all(each.nvlinks for each in found) else "PCIe"
     return Target(
         name="gpu",
-        device=name,
-        arch=f"{capability[0]}.{capability[1]}",
+        device=first.name,
+        arch=f"{first.capability[0]}.{first.capability[1]}",
         features=(),
-        dtypes=tuple(dtype for dtype, least in SINCE.items() if tuple(capability) >= least),
+        dtypes=tuple(dtype for dtype, least in SINCE.items() if first.capability >= least),
         cores=host.cores,
         memory=host.memory,
-        gpus=1,
-        gpu_memory=int(memory),
-        driver=driver,
+        gpus=len(found),
+        gpu_memory=min(each.memory for each in found),
+        driver=first.driver,
+        links=linked if len(found) > 1 else "",
     )
 
 
 def recipes(checkpoint: Checkpoint, target: Target) -> tuple[Recipe, ...]:
     """The candidates, cheapest first. A pass that cannot run here says so in the plan."""
-    texts = GENERATING if TASKS[checkpoint.task].generates else RECIPES
+    texts = {
+        Form.TOKENS: RECIPES,
+        Form.IMAGES: {name: RECIPES[name] for name in IMAGES},
+        Form.PROMPTS: GENERATING,
+        Form.CLIPS: TRANSCRIBING,
+    }[TASKS[checkpoint.task].form]
     return tuple(replace(parse(text, name), default=name not in BY_NAME) for name, text in texts.items())
 
 

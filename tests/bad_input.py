@@ -349,8 +349,8 @@ CASES = (
     Case("unknown-task", "--task that is not known", option(task="world-peace"), "unknown task 'world-peace'"),
     Case("encoder-decoder", "an encoder-decoder (T5)",
          model(architectures=["T5ForConditionalGeneration"], model_type="t5"), "no task is known for architecture T5"),
-    Case("vision", "a vision model (ViT)", model(architectures=["ViTForImageClassification"], model_type="vit"),
-         "no task is known for architecture ViT"),
+    Case("no-processor", "an image classifier without preprocessor_config.json",
+         model(architectures=["ViTForImageClassification"], model_type="vit"), "has no image processor"),
     Case("no-head", "--task whose head the checkpoint lacks (found by a worker)", option(task="token-classification"),
          "has no weights for classifier", process=True),
     # the checkpoint: its weights

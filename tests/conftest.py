@@ -180,6 +180,73 @@ def make_language_model(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpo
     return make
 
 
+@pytest.fixture(scope="session")
+def make_image_classifier(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """A seeded classifier of images of 16 x 16, with the processor that its family has; takes a class's name."""
+
+    def make(architecture: str = "ViTForImageClassification", **options: Any) -> Path:
+        import torch
+        import transformers
+
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                                 "intermediate_size": 96, "image_size": 16, "patch_size": 4}  # fmt: skip
+        if architecture == "ResNetForImageClassification":
+            sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
+        cls = getattr(transformers, architecture)
+        model = cls(cls.config_class(**(sizes | {"num_labels": 10} | options)))
+        folder = tmp_path_factory.mktemp("checkpoints") / f"tiny-{architecture}"
+        model.save_pretrained(folder)
+        processor = {
+            "image_processor_type": "ViTImageProcessor",
+            "size": {"height": 16, "width": 16},
+            "image_mean": [0.5] * model.config.num_channels,
+            "image_std": [0.5] * model.config.num_channels,
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_speech_model(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """A seeded Whisper of two small layers that hears six seconds, with the tokenizer of make_language_model."""
+
+    def make(**settings: Any) -> Path:
+        import torch
+        from transformers import (
+            GenerationConfig,
+            WhisperConfig,
+            WhisperFeatureExtractor,
+            WhisperForConditionalGeneration,
+        )
+
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 512, "num_mel_bins": 16, "d_model": 64, "max_source_positions": 300,
+                 "max_target_positions": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+                 "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None}  # fmt: skip
+        for side in ("encoder", "decoder"):
+            sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 96}
+        model = WhisperForConditionalGeneration(WhisperConfig(**sizes))
+        with torch.no_grad():
+            for name, weight in model.named_parameters():  # so that a transcription depends on what is heard
+                wide = 12 if "encoder_attn" in name else 0.2 if "embed_tokens" in name else 4
+                weight.add_(torch.randn_like(weight) * 0.1) if weight.dim() == 1 else weight.mul_(wide)
+        model.generation_config = GenerationConfig(**({
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1, "max_length": 48,
+            "is_multilingual": False, "no_timestamps_token_id": 5, "forced_decoder_ids": [[1, 5]],
+            "suppress_tokens": [3, 4, 262], "begin_suppress_tokens": [7, 2], "return_timestamps": False,
+        } | settings))  # fmt: skip
+        folder = tmp_path_factory.mktemp("checkpoints") / "tiny-whisper"
+        model.save_pretrained(folder)
+        language_tokenizer().save_pretrained(folder)
+        WhisperFeatureExtractor(feature_size=16, chunk_length=6).save_pretrained(folder)
+        return folder
+
+    return make
+
+
 @functools.cache
 def language_tokenizer() -> Any:
     """Byte-level byte-pair encoding that splits digits, with a chat template."""

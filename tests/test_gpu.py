@@ -1,6 +1,7 @@
 """The GPU target: what can be said of it without one, and with `-m gpu` what one does."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +13,18 @@ import pytest
 import torch
 
 from optimize.models.encoding import encode
+from optimize.models.images import encode_sample
 from optimize.passes._cuda_graphs import fitting, shapes_of, widened
 from optimize.passes.compile_cuda import CompileCuda
 from optimize.pipeline.calls import call_of
-from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind, Target
+from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Dimensions, Form, Kind, Target
 from optimize.pipeline.errors import ExitCode, RequestError
 from optimize.pipeline.plan import make_plan
-from optimize.targets import cpu, gpu
+from optimize.pipeline.toolchain_files import Toolchain
+from optimize.pipeline.toolchains import Toolchains
+from optimize.targets import cpu, gpu, multi_gpu
 from optimize.targets.runtimes import open_session
+from optimize.targets.runtimes.memory import gpu_memory, running_memory
 from tests.conftest import QUICK, Cli, MakeCheckpoint
 
 TASK = "feature-extraction"
@@ -27,6 +32,24 @@ TEXTS = ("Yes.", "A text of some more words than that.", "One, two, three, four,
 DTYPES = ("float32", "float16", "bfloat16")
 H100 = Target("gpu", "NVIDIA H100", "9.0", (), DTYPES, 16, 128 << 30, 1, 80 << 30, "580.159.04")
 HERE = torch.cuda.is_available()
+
+
+def drive(
+    monkeypatch: pytest.MonkeyPatch, *, count: int = 1, capability: tuple[int, int] = (9, 0), links: int = 0,
+    names: tuple[str, ...] = ("NVIDIA Example",),
+) -> None:  # fmt: skip
+    """Have a driver tell of so many GPUs, of those names in turn."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    memory = SimpleNamespace(total=24 << 30, used=1 << 30)
+    answers: dict[str, Any] = {
+        "nvmlInit": lambda: None, "nvmlShutdown": lambda: None, "nvmlDeviceGetCount": lambda: count,
+        "nvmlDeviceGetHandleByIndex": lambda index: index, "nvmlDeviceGetUUID": lambda index: f"GPU-{index}{index}",
+        "nvmlDeviceGetCudaComputeCapability": lambda _: capability,
+        "nvmlDeviceGetName": lambda index: names[index % len(names)], "nvmlDeviceGetMemoryInfo": lambda _: memory,
+        "nvmlSystemGetDriverVersion": lambda: "580.1", "nvmlDeviceGetNvLinkState": lambda _, link: int(link < links),
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, answer)
 
 
 @pytest.mark.skipif(HERE, reason="here is a GPU")
@@ -44,18 +67,71 @@ def test_it_is_refused_where_no_gpu_is(tiny: Path, cli: Cli) -> None:
 def test_what_a_gpu_has_is_what_its_driver_says(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], has: set[str], lacks: set[str]
 ) -> None:
-    answers: dict[str, Any] = {
-        "nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetHandleByIndex": "handle",
-        "nvmlDeviceGetCudaComputeCapability": capability, "nvmlDeviceGetName": "NVIDIA Example",
-        "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=24 << 30), "nvmlSystemGetDriverVersion": "580.1",
-    }  # fmt: skip
-    for name, answer in answers.items():
-        monkeypatch.setattr(pynvml, name, lambda *_, answer=answer: answer)
+    drive(monkeypatch, capability=capability)
     target = gpu.probe()
     assert (target.device, target.gpus, target.gpu_memory, target.driver) == ("NVIDIA Example", 1, 24 << 30, "580.1")
     assert target.arch == f"{capability[0]}.{capability[1]}" and target.device_type == "cuda"
     assert has <= set(target.dtypes) and not lacks & set(target.dtypes)
     assert cpu.probe().device_type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("visible", "left"), [("1", [1]), ("2,0", [2, 0]), ("GPU-1", [1]), ("0,7,1", [0]), ("0,GPU-2", [0, 2])]
+)
+def test_gpus_are_those_that_cuda_would_see(monkeypatch: pytest.MonkeyPatch, visible: str, left: list[int]) -> None:
+    drive(monkeypatch, count=3, names=("0", "1", "2"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [int(each.name) for each in gpu.devices()] == left
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(RequestError, match="leaves none"):
+        gpu.probe()
+
+
+def test_several_gpus_are_one_target_if_they_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    drive(monkeypatch, count=2, links=18)
+    target = multi_gpu.probe()
+    assert (target.name, target.gpus, target.links) == ("multi-gpu", 2, "NVLink")
+    drive(monkeypatch, count=2)
+    assert multi_gpu.probe().links == "PCIe"
+    for count, names, problem in ((1, ("A",), "one NVIDIA GPU"), (2, ("A", "B"), "unlike: A, B")):
+        drive(monkeypatch, count=count, names=names)
+        with pytest.raises(RequestError, match=problem):
+            multi_gpu.probe()
+
+
+def test_a_plan_spreads_a_model_over_as_many_gpus_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPTIMIZE_TOOLCHAIN_VLLM", sys.executable)
+    monkeypatch.setattr(Toolchain, "lacks", lambda *_: "")
+    sizes = Dimensions(hidden=4096, intermediate=14336, layers=32, vocabulary=32000, cache=65536)
+    seven = Checkpoint(
+        "seven", tmp_path, None, "text-generation", "MistralForCausalLM", "bfloat16", 7 * 10**9, 14 * 10**9, 4096,
+        {"config.json": "c"}, dimensions=sizes,
+    )  # fmt: skip
+    h200 = replace(
+        H100, name="multi-gpu", device="NVIDIA H200", memory=1 << 40, gpus=4, gpu_memory=140 << 30, links="NVLink"
+    )
+
+    def planned(target: Target) -> Any:
+        return make_plan(
+            seven, target, [each for each in multi_gpu.recipes(seven, target) if each.default], workload="1x128+64",
+            form=Form.PROMPTS, running_memory=running_memory, gpu_memory=gpu_memory,
+            toolchains=Toolchains(tmp_path, None),
+        )  # fmt: skip
+
+    plan = planned(h200)
+    names = ["vllm-bf16", "vllm-bf16-x4", "vllm-bf16-tp2", "vllm-bf16-tp2-x2", "vllm-bf16-tp4"]
+    assert [each.recipe.name for each in plan.recipes] == names
+    text = plan.describe()
+    assert "4 of them over NVLink, each 140 GiB" in text and "of each of 4 GPUs: 2 copies" in text
+    needs = {each.recipe.name: each.need.gpu for each in plan.recipes}
+    assert needs["vllm-bf16"] == needs["vllm-bf16-x4"] > needs["vllm-bf16-tp2"] > needs["vllm-bf16-tp4"]
+    assert 7 * 10**9 * 2 < needs["vllm-bf16"] < 24 << 30
+    smaller = planned(replace(h200, gpu_memory=34 << 30))  # the reference takes 28 GB and the baseline 17 GiB of it
+    assert [each.recipe.name for each in smaller.recipes] == names[2:]
+    reasons = {each.recipe.name: each.reason for each in smaller.left_out}
+    assert "GiB of each of its GPUs" in reasons["vllm-bf16"] and "there are 34.0" in reasons["vllm-bf16"]
+    with pytest.raises(RequestError, match="float32 reference needs about"):
+        planned(replace(h200, gpu_memory=24 << 30))
 
 
 def test_the_plan_names_the_gpu_and_what_cannot_run_on_it(tmp_path: Path) -> None:
@@ -75,11 +151,19 @@ def test_the_plan_names_the_gpu_and_what_cannot_run_on_it(tmp_path: Path) -> Non
 def test_every_text_has_a_shape_and_the_smallest_is_taken() -> None:
     shapes = shapes_of([Cell(1, 32), Cell(32, 128), Cell(1, 32)], 512)
     assert shapes == [(1, 32), (32, 128), (8, 512)]
-    assert fitting(shapes, 1, 20) == (1, 32)
-    assert fitting(shapes, 2, 20) == (32, 128)
-    assert fitting(shapes, 8, 500) == (8, 512)
-    assert fitting(shapes, 9, 500) is None
+    assert fitting(shapes, (1, 20)) == (1, 32)
+    assert fitting(shapes, (2, 20)) == (32, 128)
+    assert fitting(shapes, (8, 500)) == (8, 512)
+    assert fitting(shapes, (9, 500)) is None
     assert shapes_of([Cell(1, 32)], 64)[-1] == (8, 64)
+
+
+def test_every_batch_of_images_has_a_shape() -> None:
+    shapes = shapes_of([Cell(1), Cell(32)], 0)
+    assert shapes == [(1,), (32,), (8,)]
+    assert fitting(shapes, (3, 3, 224, 224)) == (8,) and fitting(shapes, (33, 3, 224, 224)) is None
+    wide = widened({"pixel_values": np.ones((3, 3, 4, 4), np.float32)}, (8,), 0)["pixel_values"]
+    assert wide.shape == (8, 3, 4, 4) and wide.dtype == np.float32 and wide[3:].max() == 0
 
 
 def test_a_batch_is_padded_with_what_is_masked() -> None:
@@ -144,6 +228,19 @@ def test_logits_of_each_token_are_cut_back_to_the_text(make_checkpoint: MakeChec
     expected = open_session(Kind.CHECKPOINT, asking, context.task, 1, device="cuda").run(batch)
     found = open_session(Kind.CUDA_GRAPHS, out, context.task, 1).run(batch)
     np.testing.assert_allclose(found["start_logits"], expected["start_logits"], atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HERE, reason="here is no GPU")
+def test_images_are_captured_too(make_image_classifier: MakeCheckpoint, tmp_path: Path) -> None:
+    looking, out, task = make_image_classifier(), tmp_path / "out", "image-classification"
+    out.mkdir()
+    context = Context(task, H100, None, (Cell(1), Cell(4)))
+    CompileCuda(compile=False).run(Artifact(Kind.CHECKPOINT, looking, "", ""), context, out)
+    batch = {name: np.repeat(array, 3, axis=0) for name, array in encode_sample(looking).items()}
+    expected = open_session(Kind.CHECKPOINT, looking, task, 1, device="cuda").run(batch)
+    found = open_session(Kind.CUDA_GRAPHS, out, task, 1).run(batch)
+    np.testing.assert_allclose(found["logits"], expected["logits"], atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -60,15 +60,17 @@ def test_what_vllm_serves_is_judged_by_its_logits_emitted_and_served(
     model: Path, vllm_python: Path, cli: Cli, tmp_path: Path
 ) -> None:
     env, out = {"OPTIMIZE_TOOLCHAIN_VLLM": str(vllm_python)}, tmp_path / "out"
-    outcome = cli(model, "--recipe", "serve-vllm{dtype=float32;eager=true}", *ASKED, "--out", out, env=env)
+    recipes = [f"serve-vllm{{dtype=float32{more};eager=true}}" for more in ("", ";gpus=2")]
+    asked = [word for recipe in recipes for word in ("--recipe", recipe)]
+    outcome = cli(model, *asked, *ASKED, "--out", out, env=env)
     assert outcome.code == 0, outcome.output
     manifest = json.loads((out / "optimize.json").read_text())
     assert manifest["kind"] == "vllm"
-    (candidate,) = manifest["report"]["candidates"]
-    accuracy = candidate["accuracy"]
-    assert accuracy["divergence"] < 1e-6 and accuracy["agreement"] == 1  # float32 as the reference is
-    assert accuracy["regret"] < 1e-4  # what it generates is what its own scores say
-    assert all(cell["first"]["seconds"] < cell["seconds"] for cell in candidate["speed"]["cells"])
+    for candidate in manifest["report"]["candidates"]:  # in one process, and in two that share every layer
+        accuracy = candidate["accuracy"]
+        assert accuracy["divergence"] < 1e-6 and accuracy["agreement"] == 1  # float32 as the reference is
+        assert accuracy["regret"] < 1e-4  # what it generates is what its own scores say
+        assert all(cell["first"]["seconds"] < cell["seconds"] for cell in candidate["speed"]["cells"])
     _serves(out, vllm_python, model)
 
 
@@ -92,7 +94,8 @@ def _serves(folder: Path, python: Path, model: Path) -> None:
             server.wait()
     eager = AutoModelForCausalLM.from_pretrained(model)
     ids = eager.generate(torch.tensor([prompt]), max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, len(prompt) :]
-    assert answer["choices"][0]["text"] == AutoTokenizer.from_pretrained(model).decode(ids, skip_special_tokens=True)
+    expected = AutoTokenizer.from_pretrained(model).decode(ids, skip_special_tokens=True)
+    assert answer["choices"][0]["text"].rstrip("\ufffd") == expected.rstrip("\ufffd")  # a character's first bytes
 
 
 def _answer(url: str, asked: dict[str, Any], server: subprocess.Popen[bytes], log: Path) -> Any:

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optimize.pipeline.manifest import Report
     from optimize.targets.runtimes.loaded import LoadedModel
+    from optimize.targets.runtimes.loaded_transcriber import LoadedTranscriber
 
 __all__ = ["compile", "load"]
 
 
-def load(folder: str | Path) -> LoadedModel:
+def load(folder: str | Path) -> LoadedModel | LoadedTranscriber:
     """Open an emitted folder: a callable that takes what the tokenizer gives and returns the model's own outputs.
 
-    It drops into `transformers.pipeline(task, model=optimize.load(folder), tokenizer=folder)`. Raises
+    It drops into `transformers.pipeline(task, model=optimize.load(folder), tokenizer=folder)`; that of a speech model
+    has `generate` alone. Raises
     optimize.pipeline.errors.ArtifactError for a folder that is damaged or was not emitted by optimize.
     """
     import logging

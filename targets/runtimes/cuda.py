@@ -9,6 +9,7 @@ import torch
 
 from optimize.pipeline.contract import Batch
 from optimize.targets.runtimes.eager import EagerSession
+from optimize.targets.runtimes.tensors import to_torch
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -34,7 +35,7 @@ class CudaSession(EagerSession):
 
     def prepare(self, batch: Batch) -> Callable[[], Any]:
         """A call of that batch, whose inputs lie on the device and whose outputs stay there."""
-        inputs = {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
+        inputs = {name: to_torch(array, self.model.dtype).to(self.device) for name, array in batch.items()}
 
         def call() -> Any:
             with torch.inference_mode():

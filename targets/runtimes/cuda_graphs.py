@@ -13,7 +13,7 @@ from optimize.models.tasks import SEQUENCE, TASKS
 from optimize.passes._cuda_graphs import Captured, widened
 from optimize.pipeline.contract import Array, Batch
 from optimize.targets.runtimes.cuda import seconds
-from optimize.targets.runtimes.tensors import to_numpy
+from optimize.targets.runtimes.tensors import to_numpy, to_torch
 
 
 class CudaGraphSession:
@@ -28,9 +28,9 @@ class CudaGraphSession:
         self._axes = TASKS[task].outputs
 
     def run(self, batch: Batch) -> dict[str, Array]:
-        rows, tokens = batch["input_ids"].shape
+        rows, *rest = batch[self.inputs[0]].shape
         outputs = self.prepare(batch)()
-        return {name: to_numpy(value)[:rows, :tokens] if self._per_token(name, value) else to_numpy(value)[:rows]
+        return {name: to_numpy(value)[:rows, : rest[0]] if self._per_token(name, value) else to_numpy(value)[:rows]
                 for name, value in outputs.items()}  # fmt: skip
 
     def prepare(self, batch: Batch) -> Callable[[], dict[str, Any]]:
@@ -38,12 +38,11 @@ class CudaGraphSession:
         copied from there, so that the next call does not overwrite them.
         """
         given = {name: batch[name] for name in self.inputs}
-        found = self._captured.graph(*batch["input_ids"].shape)
+        found = self._captured.graph(given)
         if found is None:
-            return self._uncaptured(given)
+            return self._uncaptured(self._on_device(given))
         shape, graph, buffers, outputs = found
-        wide = widened(given, shape, self._captured.fill)
-        sources = [torch.from_numpy(wide[name]).cuda() for name in self.inputs]
+        sources = list(self._on_device(widened(given, shape, self._captured.fill)).values())
         targets = [buffers[name] for name in self.inputs]
 
         def call() -> dict[str, Any]:
@@ -53,9 +52,10 @@ class CudaGraphSession:
 
         return call
 
-    def _uncaptured(self, batch: Batch) -> Callable[[], dict[str, Any]]:
-        inputs = {name: torch.from_numpy(array).cuda() for name, array in batch.items()}
+    def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {name: to_torch(array, self._captured.model.dtype).cuda() for name, array in batch.items()}
 
+    def _uncaptured(self, inputs: dict[str, torch.Tensor]) -> Callable[[], dict[str, Any]]:
         def call() -> dict[str, Any]:
             with torch.inference_mode():
                 outputs = self._captured.model(**inputs)
@@ -70,4 +70,4 @@ class CudaGraphSession:
 
 def open_session(path: Path, task: str, cores: int) -> CudaGraphSession:
     torch.set_num_threads(cores)
-    return CudaGraphSession(Captured(path, load_model(path, task)), task)
+    return CudaGraphSession(Captured(path, load_model(path, task, device="cuda"), task), task)

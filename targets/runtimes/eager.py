@@ -20,10 +20,10 @@ from transformers import StoppingCriteria
 from optimize.models.loading import is_quantized, load_model
 from optimize.models.tasks import TASKS
 from optimize.passes.compile_generate import COMPILING
-from optimize.pipeline.contract import Array, Batch, Generation, Layers
+from optimize.pipeline.contract import Array, Batch, Form, Generation, Layers
 from optimize.targets.runtimes import weights_key
 from optimize.targets.runtimes.packing import pack_int4
-from optimize.targets.runtimes.tensors import to_numpy
+from optimize.targets.runtimes.tensors import to_numpy, to_torch
 
 FRAMES = 3  # modules that are shown of an overflow: the one that overflows, and those before it
 
@@ -32,13 +32,14 @@ class EagerSession:
     """A model as `from_pretrained` gives it, under inference mode."""
 
     def __init__(self, model: Any, device: str = "cpu") -> None:
-        self.model = model.to(device) if device != "cpu" else model
+        self.model = model
         self.device = device
         self.inputs = tuple(inspect.signature(model.forward).parameters)
 
     def run(self, batch: Batch) -> dict[str, Array]:
         with torch.inference_mode():
-            outputs = self.model(**{name: torch.from_numpy(array).to(self.device) for name, array in batch.items()})
+            inputs = {name: to_torch(array, self.model.dtype).to(self.device) for name, array in batch.items()}
+            outputs = self.model(**inputs)
         return {name: to_numpy(value) for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
     def work(self, batch: Batch) -> dict[str, int]:
@@ -140,7 +141,7 @@ def padded(prompts: Sequence[Array]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def open_session(path: Path, task: str, cores: int, device: str = "cpu") -> EagerSession:
     torch.set_num_threads(cores)
-    model = load_model(path, task)
+    model = load_model(path, task, device=device)
     if device != "cpu" and not TASKS[task].generates:
         from optimize.targets.runtimes.cuda import CudaSession
 
@@ -149,6 +150,11 @@ def open_session(path: Path, task: str, cores: int, device: str = "cpu") -> Eage
         pack_int4(model)
     if not TASKS[task].generates:
         return EagerSession(model)
+    if TASKS[task].form is Form.CLIPS:
+        from optimize.models.speech import read_decoding
+        from optimize.targets.runtimes.transcribing import EagerTranscriber
+
+        return EagerTranscriber(model, read_decoding(path), device)
     model.generation_config.eos_token_id = None  # a text that ends early would be timed as a fast one
     model.generation_config.pad_token_id = 0
     if (path / COMPILING).is_file():
@@ -172,7 +178,7 @@ def layers(path: Path, task: str, batches: Sequence[Batch]) -> Layers:
         outputs[-1][key] = to_numpy(output)
         weight: Any = getattr(module, "weight", None)
         plain = type(weight) is torch.nn.Parameter  # torchao's are of types of their own
-        if plain and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding):
+        if plain and weight.dim() >= 2 and not isinstance(module, torch.nn.Embedding):
             products[key] = weights_key(to_numpy(weight.detach()))
 
     leaves = [(name, module) for name, module in session.model.named_modules() if not list(module.children())]

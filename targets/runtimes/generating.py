@@ -26,6 +26,15 @@ def generate(session: Any, prompts: Sequence[Array], new: int, *, logprobs: bool
     return Generation(np.stack(steps, axis=1).astype(np.int64), tuple(seconds))
 
 
+def logits_of(session: Any, prompt: Array, tokens: Array) -> Array:
+    """Of the positions before each of `tokens` behind a prompt, or of a clip's transcription: [tokens, vocabulary]."""
+    if prompt.ndim > 1:
+        found: Array = session.logits(prompt, tokens)
+        return found
+    found = session.logits(np.concatenate([prompt, tokens[:-1]]), len(tokens))
+    return found
+
+
 def write_until(
     session: Any, prompts: Sequence[Array], new: int, is_over: Callable[[list[int]], bool]
 ) -> list[list[int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import transformers
 from transformers import modeling_outputs
 
 from optimize.models.checkpoint import max_length, read_config
+from optimize.models.images import PIXELS, encode_sample
 from optimize.models.tasks import TASKS
-from optimize.pipeline.contract import DEFAULT
+from optimize.pipeline.contract import DEFAULT, Batch, Form
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.manifest import Manifest, read_intact
 from optimize.targets.runtimes import TEXTUAL, open_session, token_ids
 from optimize.targets.runtimes.loaded_generator import LoadedGenerator
+from optimize.targets.runtimes.loaded_transcriber import LoadedTranscriber
 
 
 class LoadedModel:
@@ -33,7 +37,7 @@ class LoadedModel:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         checkpoint = manifest.report.checkpoint
-        self.manifest = manifest
+        self.manifest, self._folder = manifest, folder
         self.config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.device = torch.device("cpu")
         self.dtype = torch.float32
@@ -69,6 +73,9 @@ class LoadedModel:
             if name in self._session.inputs and name not in batch:
                 batch[name] = default(batch["input_ids"])
         token_ids.check(batch, self._sizes, self._longest)
+        return self._answer(batch, as_tuple)
+
+    def _answer(self, batch: Batch, as_tuple: bool) -> Any:
         outputs = self._session.run(batch)
         named = self._output_class(
             **{name: torch.from_numpy(array) for name, array in outputs.items() if name in self._fields}
@@ -94,7 +101,34 @@ class LoadedModel:
         return self
 
 
-def load(folder: Path) -> LoadedModel | LoadedGenerator:
+class LoadedImageModel(LoadedModel):
+    """The same of images: it takes what the image processor gives, float [batch, channels, height, width]."""
+
+    main_input_name = PIXELS
+
+    def __call__(self, pixel_values: Any = None, **inputs: Any) -> Any:  # type: ignore[override]
+        """One forward pass. Raises ValueError for an input that is missing, or of another size than the model's."""
+        as_tuple = inputs.pop("return_dict", None) is False
+        unknown = [name for name, value in inputs.items() if value is not None and value is not False]
+        if unknown or pixel_values is None:
+            raise ValueError(f"{', '.join(unknown) or f'no {PIXELS}'}: the artifact takes {PIXELS} alone")
+        given = pixel_values.float().cpu().numpy() if isinstance(pixel_values, torch.Tensor) else pixel_values
+        array = np.ascontiguousarray(given, dtype=np.float32)
+        if array.shape[1:] != self._shape or not len(array):
+            raise ValueError(f"{PIXELS} has shape {list(array.shape)}, not [batch, {', '.join(map(str, self._shape))}]")
+        return self._answer({PIXELS: array}, as_tuple)
+
+    def forward(self, pixel_values: Any = None) -> Any:  # type: ignore[override]
+        """The same, with the argument spelt out."""
+        return self(pixel_values)
+
+    @cached_property
+    def _shape(self) -> tuple[int, ...]:
+        """Of one image, as the folder's image processor makes it: what it was proved with."""
+        return encode_sample(self._folder)[PIXELS].shape[1:]
+
+
+def load(folder: Path) -> LoadedModel | LoadedGenerator | LoadedTranscriber:
     """Open an emitted folder after checking every file that is used. Raises ArtifactError if one is damaged."""
     manifest = read_intact(folder)
     if manifest.kind in TEXTUAL:
@@ -107,6 +141,12 @@ def load(folder: Path) -> LoadedModel | LoadedGenerator:
             f"{manifest.kind} runs in the toolchain {manifest.kind.toolchain} alone, not in this Python",
             hint=f"{folder}/README.md has the lines that run it there; optimize verify {folder} checks it",
         )
-    if TASKS[manifest.report.checkpoint.task].generates:
-        return LoadedGenerator(folder, manifest)
-    return LoadedModel(folder, manifest)
+    return LOADED[TASKS[manifest.report.checkpoint.task].form](folder, manifest)
+
+
+LOADED: dict[Form, Callable[[Path, Manifest], LoadedModel | LoadedGenerator | LoadedTranscriber]] = {
+    Form.TOKENS: LoadedModel,
+    Form.PROMPTS: LoadedGenerator,
+    Form.IMAGES: LoadedImageModel,
+    Form.CLIPS: LoadedTranscriber,
+}

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from optimize.models.encoding import BATCH_SIZES
 from optimize.models.language import WINDOW
+from optimize.models.speech import WRITTEN
 from optimize.models.tasks import TASKS
-from optimize.pipeline.contract import Cell, Checkpoint, Kind
+from optimize.pipeline.contract import Cell, Checkpoint, Form, Kind
 from optimize.pipeline.memory import EAGER, MIB
 
 # kind -> bytes without weights, and how often the artifact's weights are resident: mapped from the file, and once more
@@ -32,7 +33,13 @@ RESIDENT = {
     Kind.VLLM: (6000 * MIB, 2.0),  # on the host: compilers, CUDA's libraries, and weights on their way to the GPU
     Kind.CUDA_GRAPHS: (3000 * MIB, 1.0),  # on the host
 }
+HEARD = 1500  # positions of the encoder for one clip
+# of a GPU, beside weights and what is computed with them: CUDA's context, its libraries' workspaces, graphs, and what
+# their allocators keep
+GPU_FIXED = {Kind.VLLM: 6000 * MIB}
+GPU_REST = 2500 * MIB
 LOGITS = 4  # copies of a window's logits, while it is scored
+FEATURES = 40  # numbers that are alive at once for each one of an image, at most: the first layers of a wide ResNet
 
 
 def running_memory(kind: Kind, checkpoint: Checkpoint, workload: Sequence[Cell]) -> int:
@@ -44,9 +51,32 @@ def running_memory(kind: Kind, checkpoint: Checkpoint, workload: Sequence[Cell])
     return fixed + int(copies * checkpoint.weight_bytes) + _working(checkpoint, workload)
 
 
+def gpu_memory(kind: Kind, checkpoint: Checkpoint, workload: Sequence[Cell], shards: int = 1) -> int:
+    """Bytes of each GPU that an artifact takes at most, whose weights lie on `shards` of them.
+
+    The checkpoint's weight_bytes and dtype are those of the artifact.
+    """
+    width = 4 if checkpoint.dtype == "float32" else 2
+    weights = min(checkpoint.weight_bytes, width * checkpoint.parameters)  # a server may cast them as it loads them
+    working = _working(checkpoint, workload) * width // 4
+    return GPU_FIXED.get(kind, GPU_REST) + (weights + working) // shards
+
+
 def _working(checkpoint: Checkpoint, workload: Sequence[Cell]) -> int:
     """Activations, logits and KV cache, in float32; attention does not write down scores of pairs of tokens."""
     sizes, task = checkpoint.dimensions, TASKS[checkpoint.task]
+    if task.form is Form.CLIPS:  # the encoder reads half as many positions as there are frames
+        clips = max(cell.batch for cell in workload)
+        positions = HEARD * clips
+        written = clips * max(cell.new for cell in workload)
+        layers = 2 * sizes.hidden * sizes.layers * (positions + written)  # what the decoder keeps of both
+        return 4 * (
+            positions * (8 * sizes.hidden + 3 * sizes.intermediate) + 2 * layers
+            + LOGITS * sizes.vocabulary * WRITTEN + sizes.clip * (clips + (task.examples or 0))
+        )  # fmt: skip
+    if task.form is Form.IMAGES:
+        images = max(max(BATCH_SIZES), *(cell.batch for cell in workload))
+        return 4 * sizes.image * (FEATURES * images + 2 * (task.examples or 0))  # what it is judged on is held, too
     window = min(WINDOW, checkpoint.max_length)
     rows = 1 if task.generates else max(BATCH_SIZES)
     tokens = max(rows * window, *(cell.batch * cell.sequence for cell in workload))

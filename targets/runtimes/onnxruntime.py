@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from optimize.passes._onnx import PRODUCTS
 from optimize.pipeline.contract import Array, Batch, Layers
 from optimize.targets.runtimes import weights_key
 
@@ -55,7 +56,7 @@ def _products(graph: Any) -> dict[str, str]:
             users.setdefault(name, []).append(node)
     found = {}
     for node in graph.node:
-        if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants:
+        if node.op_type in PRODUCTS and node.input[1] in constants:
             (output,) = node.output
             after = users.get(output, [])
             if len(after) == 1 and after[0].op_type == "Add" and any(name in constants for name in after[0].input):

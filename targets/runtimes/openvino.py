@@ -12,12 +12,12 @@ import openvino
 
 from optimize.models.tasks import TASKS
 from optimize.passes.convert_openvino import IR, RUNTIME_OPTIONS
-from optimize.passes.quantize_openvino import is_matmul_of_weights, weight_of
-from optimize.pipeline.contract import Array, Batch, Layers
+from optimize.passes.quantize_openvino import PRODUCTS, is_product_of_weights, weight_of
+from optimize.pipeline.contract import Array, Batch, Form, Layers
 from optimize.targets.runtimes import weights_key
 
 # operations whose outputs are layers to a reader; what lies between them is layout and arithmetic of one layer
-SHOWN = ("Gather", "MatMul", "Add", "Gelu", "Relu", "Tanh", "MVN", "ScaledDotProductAttention", "Softmax")
+SHOWN = (*PRODUCTS, "Gather", "Add", "Gelu", "Relu", "Tanh", "MVN", "ScaledDotProductAttention", "Softmax")
 
 
 class OpenvinoSession:
@@ -40,7 +40,7 @@ def layers(path: Path, task: str, batches: Sequence[Batch]) -> Layers:
     nodes = [node for node in model.get_ordered_ops() if node.get_type_name() in SHOWN and _is_real_array(node)]
     products = {}
     for node in nodes:
-        if is_matmul_of_weights(node):
+        if is_product_of_weights(node):
             users = [port.get_node() for port in node.output(0).get_target_inputs()]
             biased = len(users) == 1 and users[0].get_type_name() == "Add"
             last = users[0] if biased else node
@@ -64,6 +64,10 @@ def _is_real_array(node: Any) -> bool:
 
 def open_session(path: Path, task: str, cores: int) -> Any:
     options = {"INFERENCE_NUM_THREADS": cores} | json.loads((path / RUNTIME_OPTIONS).read_text())
+    if TASKS[task].form is Form.CLIPS:
+        from optimize.targets.runtimes.openvino_transcriber import OpenvinoTranscriber
+
+        return OpenvinoTranscriber(path, options)
     if TASKS[task].generates:
         from optimize.targets.runtimes.openvino_generator import OpenvinoGenerator  # an encoder needs no openvino-genai
 

@@ -1,4 +1,4 @@
-"""What torch gives, as numpy."""
+"""What torch takes and gives, from and as numpy."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import numpy as np
 import torch
 
 from optimize.pipeline.contract import Array
+
+
+def to_torch(array: Array, dtype: torch.dtype) -> torch.Tensor:
+    """As a tensor; floats (of images) in the dtype that the model computes in, as they must be given to it."""
+    tensor = torch.from_numpy(array)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:

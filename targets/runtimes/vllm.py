@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import torch
 from vllm import LLM, SamplingParams
 
 from optimize.passes.serve_vllm import FACTS, SERVE
-from optimize.pipeline.contract import Array, Generation
+from optimize.pipeline.contract import Array, Generation, Placement
 from optimize.pipeline.errors import HostError
+from optimize.targets.runtimes.replicas import Replicas
 
 FREE = 0.95  # of the GPU's memory that is free: what vLLM may take
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
@@ -99,19 +101,29 @@ def take_logits(model: Any) -> list[Array]:
     return found or []
 
 
-def open_session(path: Path, task: str, cores: int) -> VllmSession:
+def open_session(path: Path, task: str, cores: int) -> VllmSession | Replicas:
     """Raises HostError where vLLM finds nothing to run on."""
+    settings = json.loads((path / SERVE).read_text())
+    place = Placement(settings.get("tensor-parallel-size", 1), settings.get("data-parallel-size", 1))
+    if place.replicas == 1:
+        return open_one(path, cores)
+    return Replicas(partial(open_one, path, max(cores // place.replicas, 1)), place)
+
+
+def open_one(path: Path, cores: int) -> VllmSession:
+    """One copy of the model."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else its engine is a process that pausing ours does not pause
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # of the functions that we send to its processes, no others
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # by the one token behind a prompt that is scored: see `logits`
-    facts = json.loads((path / FACTS).read_text())
-    options = {name.replace("-", "_"): value for name, value in json.loads((path / SERVE).read_text()).items()}
+    facts, settings = (json.loads((path / name).read_text()) for name in (FACTS, SERVE))
+    settings.pop("data-parallel-size", None)
+    options = {name.replace("-", "_"): value for name, value in settings.items()}
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         options["gpu_memory_utilization"] = FREE * free / total
     else:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ["OMP_NUM_THREADS"] = str(cores)
+        os.environ["OMP_NUM_THREADS"] = str(max(cores // options.get("tensor_parallel_size", 1), 1))
     try:
         llm = LLM(
             model=str(path), skip_tokenizer_init=True, enable_prefix_caching=False, disable_log_stats=True,

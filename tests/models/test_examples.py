@@ -79,7 +79,9 @@ def test_of_much_data_most_is_evaluated_on_up_to_a_limit(tmp_path: Path) -> None
     assert 5 <= len(last & {row["text"] for row in found.calibration}) < 25
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", [name for name, task in TASKS.items() if "text" in task.columns or name == "question-answering"]
+)
 def test_the_shipped_text_is_unique_and_split(task: str) -> None:
     shipped = [json.loads(line)["text"] for line in SHIPPED.read_text(encoding="utf-8").splitlines()]
     assert len(shipped) == len(set(shipped)) == 384

@@ -27,6 +27,9 @@ HIDDEN = "last_hidden_state"
         ("ElectraForQuestionAnswering", "question-answering"),
         ("LlamaForCausalLM", "text-generation"),
         ("GPT2LMHeadModel", "text-generation"),
+        ("ViTForImageClassification", "image-classification"),
+        ("ConvNextV2ForImageClassification", "image-classification"),
+        ("WhisperForConditionalGeneration", "automatic-speech-recognition"),
     ],
 )
 def test_infers_the_task(architecture: str, task: str, tmp_path: Path) -> None:
@@ -39,7 +42,7 @@ def test_infers_the_task(architecture: str, task: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "architecture",
     [
-        *("T5ForConditionalGeneration", "BertForMultipleChoice", "ViTForImageClassification"),
+        *("T5ForConditionalGeneration", "BertForMultipleChoice", "ViTForMaskedImageModeling"),
         *("BertForPreTraining", "Wav2Vec2ForCTC", "CLIPTextModelWithProjection"),
         "GPT2DoubleHeadsModel",
     ],

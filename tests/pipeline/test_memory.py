@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from optimize.pipeline.contract import Cell, Checkpoint, Dimensions, Kind, Target
+from optimize.pipeline.contract import Cell, Checkpoint, Dimensions, Form, Kind, Target
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.memory import DRIVER, GIB, gib, parse_memory
 from optimize.pipeline.plan import Plan, make_plan
@@ -36,7 +36,7 @@ def plan_in(large: Checkpoint, target: Target, versions: dict[str, str]) -> Make
         host = dataclasses.replace(target, memory=int(memory * GIB))
         recipes, more = map(parse, texts or TEXTS), map(parse, others)
         return make_plan(
-            large, host, recipes, others=more, workload="1x32+4", generates=True, running_memory=running_memory
+            large, host, recipes, others=more, workload="1x32+4", form=Form.PROMPTS, running_memory=running_memory
         )
 
     return make

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from optimize.pipeline import plan as plan_module
-from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Gates, Kind, Pass, StepFacts, Target
+from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Form, Gates, Kind, Pass, StepFacts, Target
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.plan import checkpoint_key, make_plan, parse_workload, shortened, step_key
 from optimize.pipeline.recipe import parse
@@ -293,6 +293,22 @@ def test_a_workload_that_cannot_be_run_is_refused(text: str, message: str) -> No
     with pytest.raises(RequestError) as raised:
         parse_workload(text, 128)
     assert message in raised.value.message
+
+
+def test_a_workload_of_images_is_batches() -> None:
+    cells = parse_workload("1, 8,32", 128, Form.IMAGES)
+    assert cells == (Cell(1), Cell(8), Cell(32)) and ",".join(map(str, cells)) == "1,8,32"
+    assert shortened("1,8,32", 16) == "1,8,32"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("1x224", "'1x224' is not BATCH"), ("0", "at least a batch of 1"), ("8,8", "8 is given twice"), ("8+2", "is not")],
+)
+def test_a_workload_of_images_that_cannot_be_run_is_refused(text: str, message: str) -> None:
+    with pytest.raises(RequestError) as raised:
+        parse_workload(text, 128, Form.IMAGES)
+    assert message in raised.value.message and "1,8,32" in str(raised.value.hint or "1,8,32")
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", None), ("bfloat16", "cast-dtype{dtype=float32}")])
