@@ -42,10 +42,17 @@ GENERATING = {  # for language models
     "vllm-bf16": "serve-vllm",
     "vllm-fp8": "serve-vllm{quantization=fp8}",
     "vllm-fp8-cache": "serve-vllm{quantization=fp8;cache=fp8}",
+    "vllm-fp8-static": "quantize-llm-compressor{mode=fp8-static},serve-vllm",
+    "vllm-int8": "quantize-llm-compressor{mode=int8},serve-vllm",
+    "vllm-int4": "quantize-llm-compressor{mode=int4},serve-vllm",
+    "vllm-int4-awq": "quantize-llm-compressor{mode=int4-awq},serve-vllm",
     "tensorrt-llm": "build-tensorrt-llm",
     "tensorrt-llm-fp8": "build-tensorrt-llm{quantization=fp8}",
 }
-BY_NAME = frozenset({"eager-fp16", "eager-bf16", "compiled-fp16-autotuned"})  # tried only by name
+# tried only by name
+BY_NAME = frozenset({
+    "eager-fp16", "eager-bf16", "compiled-fp16-autotuned", "vllm-fp8-cache", "vllm-fp8-static", "vllm-int4-awq",
+})  # fmt: skip
 RECOVERIES: dict[str, str] = {}
 
 

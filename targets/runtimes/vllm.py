@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -112,6 +113,9 @@ def open_session(path: Path, task: str, cores: int) -> VllmSession | Replicas:
 
 def open_one(path: Path, cores: int) -> VllmSession:
     """One copy of the model."""
+    path = path.absolute()
+    os.chdir(tempfile.gettempdir())
+    os.environ["VLLM_RPC_BASE_PATH"] = "."  # of sockets, whose whole path may have no more than 107 characters
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else its engine is a process that pausing ours does not pause
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # of the functions that we send to its processes, no others
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # by the one token behind a prompt that is scored: see `logits`
