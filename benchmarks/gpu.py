@@ -1,4 +1,4 @@
-"""Models on one GPU: eager against what is made for it, each of them one run of `optimize --target gpu`.
+"""Models on GPUs: eager against what is made for them, each row one run of `optimize --target gpu` or `multi-gpu`.
 
     python benchmarks/gpu.py [--json benchmarks/results/gpu.json] [--rows bert-base llama-1b ...] [--tokenizer FOLDER]
 
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Row:
     workload: str
     recipes: tuple[str, ...]
     budget: str = "40s"
+    target: str = "gpu"
     options: tuple[str, ...] = ()
 
 
@@ -57,7 +59,7 @@ def vit(folder: Path, tokenizer: Path) -> None:
 
 
 def llama(folder: Path, tokenizer: Path, **sizes: int) -> None:
-    """Llama 3.2 1B's shape in bfloat16, with a smaller vocabulary: 1.04 billion parameters."""
+    """Llama 3.2 1B's shape in bfloat16, with a smaller vocabulary: 1.04 billion parameters; or other sizes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,7 +67,7 @@ def llama(folder: Path, tokenizer: Path, **sizes: int) -> None:
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
              "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096}  # fmt: skip
     with torch.device("cuda"):
-        model = LlamaForCausalLM(LlamaConfig(**(shape | sizes), tie_word_embeddings=True, dtype="bfloat16"))
+        model = LlamaForCausalLM(LlamaConfig(**(shape | sizes), tie_word_embeddings=not sizes, dtype="bfloat16"))
     _save(model.bfloat16(), folder, tokenizer)
 
 
@@ -86,12 +88,18 @@ def _save(model: Any, folder: Path, tokenizer: Path) -> None:
 
 
 CUDA_GRAPHS = ("compile-cuda{compile=false}", "compile-cuda")
-VLLM = ("serve-vllm", "serve-vllm{quantization=fp8}")
+VLLM = ("vllm-bf16", "vllm-fp8")
+QUANTIZED = ("vllm-fp8", "vllm-fp8-static", "vllm-int8", "vllm-int4")
+SEVEN = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+TOGETHER = ("vllm-bf16", "vllm-bf16-tp2", "vllm-bf16-x2")
 ROWS = {
     "bert-base": Row(bert, "1x128,8x128,32x128", CUDA_GRAPHS, options=("--task", "feature-extraction")),
     "vit-base": Row(vit, "1,32", CUDA_GRAPHS),
     "llama-1b": Row(llama, "1x64+16,8x64+16,256x64+16", VLLM),
+    "llama-1b-quantized": Row(llama, "1x64+16,8x64+16,256x64+16", QUANTIZED),
     "smollm2": Row(smollm2, "1x64+16,8x64+16", VLLM),
+    "llama-7b": Row(partial(llama, **SEVEN), "1x128+32", VLLM),
+    "llama-7b-two": Row(partial(llama, **SEVEN), "1x128+32,64x128+32", TOGETHER, target="multi-gpu"),
 }
 
 
@@ -113,7 +121,7 @@ def measure(name: str, scratch: Path, tokenizer: Path, budget: str | None) -> di
     """Make a row's model and run `optimize` on it: its exit code and its report."""
     row, model, report = ROWS[name], scratch / name, scratch / "report.json"
     row.make(model, tokenizer)
-    words = [model, "--target", "gpu", "--workload", row.workload, "--budget", budget or row.budget, *row.options]
+    words = [model, "--target", row.target, "--workload", row.workload, "--budget", budget or row.budget, *row.options]
     words += [word for recipe in row.recipes for word in ("--recipe", recipe)]
     words += ["--cache", scratch / "cache", "--out", scratch / "out", "--json", report]
     done = subprocess.run([sys.executable, "-m", "optimize.pipeline.cli", *words], check=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from optimize.models.encoding import load_tokenizer
 from optimize.models.tasks import TASKS
 from optimize.passes._limits import LONGEST, limits_of
+from optimize.passes._links import link_checkpoint
 from optimize.passes._tensorrt_llm import (
     FACTS,
     SERVE,
@@ -91,7 +91,7 @@ class BuildTensorrtLlm(Pass):
                 Path(folder, "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
                 build_engine(source.path, out, self.dtype, self.quantization, self.gpus, limits, Path(folder))
         elif self.quantization == "none":
-            shutil.copytree(source.path, out, dirs_exist_ok=True)
+            link_checkpoint(source, out)
         else:
             quantize_checkpoint(source.path, out, self.dtype, self.quantization, tokens)
         return write_facts(out, installed, self.gpus, limits)

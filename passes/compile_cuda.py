@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from optimize.models.checkpoint import max_length, read_config
 from optimize.models.loading import load_model
 from optimize.models.tasks import TASKS
 from optimize.passes._cuda_graphs import CACHE, GRAPHS, Captured, shapes_of
+from optimize.passes._links import link_checkpoint
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
 
@@ -53,7 +53,7 @@ class CompileCuda(Pass):
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         import torch
 
-        shutil.copytree(source.path, out, dirs_exist_ok=True)
+        link_checkpoint(source, out)
         config = read_config(source.path)
         shapes = shapes_of(context.workload, max_length(source.path, config))
         settings = {

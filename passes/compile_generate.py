@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from optimize.models.checkpoint import compiles_whole, read_config
-from optimize.models.loading import copy_carried
 from optimize.models.tasks import TASKS
+from optimize.passes._links import link_checkpoint
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS, MIB
 
@@ -54,14 +54,13 @@ class CompileGenerate(Pass):
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         from transformers import AutoConfig, GenerationConfig
 
-        copy_carried(source.path, out)
-        for path in source.path.glob("*.safetensors*"):
-            shutil.copyfile(path, out / path.name)
+        link_checkpoint(source, out)
         path = out / "generation_config.json"
         if not path.is_file():  # what transformers takes then: a file of ours alone would lose what ends a text
             config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
             GenerationConfig.from_model_config(config).save_pretrained(out)
         settings = json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()  # it may be a link to the source's own
         path.write_text(json.dumps(settings | {"cache_implementation": "static"}, indent=2), encoding="utf-8")
         options = {"options": {"freezing": True}} if self.freeze else {}
         (out / COMPILING).write_text(json.dumps({"mode": None, "dynamic": True} | options), encoding="utf-8")

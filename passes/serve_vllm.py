@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from optimize.models.checkpoint import dimensions, max_length, read_config
 from optimize.models.tasks import TASKS
 from optimize.passes._limits import LONGEST, Limits, limits_of
+from optimize.passes._links import link_checkpoint
 from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind, Pass, Placement, Target
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.memory import FRAMEWORKS
@@ -85,7 +85,7 @@ class ServeVllm(Pass):
         return checkpoint.weight_bytes  # on disk: vLLM quantizes where it opens
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
-        shutil.copytree(source.path, out, dirs_exist_ok=True)
+        link_checkpoint(source, out)
         config = read_config(source.path)
         limits = limits_of(context.workload, max_length(source.path, config))
         facts = {

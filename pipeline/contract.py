@@ -165,6 +165,11 @@ class Artifact:
     key: str  # lineage: known before it is built
     digest: str  # content: sha256 over its files, known after
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether it lies in the store: the checkpoint as the user has it has no digest but its key."""
+        return self.digest != self.key
+
 
 class Form(Word):
     """What a model is given, by how a cell of its workload is written."""

@@ -23,7 +23,9 @@ def spread(gpus: int) -> dict[str, str]:
         for shards in (2**power for power in range(gpus.bit_length())):
             for copies in dict.fromkeys((1, gpus // shards)):
                 parts = ["vllm", precision, f"tp{shards}" if shards > 1 else "", f"x{copies}" if copies > 1 else ""]
-                found["-".join(filter(None, parts))] = f"serve-vllm{{{options}gpus={shards};replicas={copies}}}"
+                found["-".join(filter(None, parts))] = (
+                    f"cast-dtype,serve-vllm{{{options}gpus={shards};replicas={copies}}}"
+                )
     return found
 
 
