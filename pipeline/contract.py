@@ -149,6 +149,7 @@ class Target:
     gpu_memory: int = 0  # bytes of each
     driver: str = ""  # of the GPUs
     links: str = ""  # between several of them: "NVLink" or "PCIe"
+    gpu_used: int = 0  # bytes of one of them that others held when it was probed, at most
 
     @property
     def device_type(self) -> str:

@@ -43,14 +43,13 @@ def why_too_large(need: Need, baseline: int, memory: int) -> str | None:
     return None
 
 
-def why_gpu_too_small(need: Need, baseline: Need, memory: int) -> str | None:
-    """Why an artifact does not fit beside the baseline into `memory` bytes of a GPU; None where it does."""
-    together = need.gpu + baseline.gpu
-    if not memory or together <= memory:
+def why_gpu_too_small(need: Need, baseline: Need, free: int) -> str | None:
+    """Why an artifact does not fit beside the baseline into `free` bytes of a GPU; None where it does."""
+    if need.gpu + baseline.gpu <= free:
         return None
     return (
         f"needs about {gib(need.gpu)} GiB of each of its GPUs, and {gib(baseline.gpu)} for the baseline; "
-        f"there are {memory / GIB:.1f}"
+        f"{free / GIB:.1f} are free"
     )
 
 

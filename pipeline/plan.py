@@ -23,6 +23,7 @@ DEFAULT_WORKLOAD = "1x32,1x128,8x128"
 WORKLOADS = {Form.TOKENS: "1x32,8x128", Form.PROMPTS: "1x32+32,1x512+16", Form.IMAGES: "1,8,32",
              Form.CLIPS: "1+32,4+32"}  # fmt: skip
 PARTS = {"BATCH": "batch", "TOKENS": "sequence", "PROMPT": "sequence", "NEW": "new"}  # of a form, and fields of a cell
+IDLE = 2 << 30  # bytes of a GPU that its driver may hold for itself
 MAX_TOKENS = 1 << 20  # in one cell: more is a typing error, and would only end in an out-of-memory kill
 
 # bytes that running an artifact of that kind takes; the checkpoint's weight_bytes are the artifact's
@@ -194,7 +195,7 @@ def make_plan(
             continue
         each = with_keys(recipe)
         large = why_too_large(each.need, baseline, target.memory)
-        if large := large or why_gpu_too_small(each.need, eager, target.gpu_memory):
+        if large := large or why_gpu_too_small(each.need, eager, target.gpu_memory - target.gpu_used):
             left_out.append(LeftOut(recipe, large, too_large=True))
             continue
         planned.append(each)
@@ -248,10 +249,11 @@ def _planned(
 
 def _check_reference_fits(reference: Need, baseline: Need, target: Target) -> None:
     """Raise RequestError where nothing could be judged or timed."""
-    if target.gpus and max(reference.gpu, baseline.gpu) > target.gpu_memory:
+    free = target.gpu_memory - target.gpu_used
+    if max(reference.gpu, baseline.gpu) > free:
         raise RequestError(
             f"the float32 reference needs about {gib(reference.gpu)} GiB of GPU memory, and the baseline "
-            f"{gib(baseline.gpu)}; there are {target.gpu_memory / GIB:.1f}",
+            f"{gib(baseline.gpu)}; {free / GIB:.1f} are free",
             hint="run on a GPU with more, or give a smaller --workload or checkpoint: no recipe is judged without it",
         )
     needed = DRIVER + max(reference.build, reference.run, baseline.run)
@@ -387,7 +389,8 @@ def _what_it_has(target: Target) -> str:
     """Of the plan's line about the target."""
     host = f"{target.cores} cores, {target.memory / 2**30:.0f} GiB"
     if target.gpus:
-        memory = f"{target.gpu_memory / 2**30:.0f} GiB, compute capability {target.arch}, driver {target.driver}"
+        taken = f" ({gib(target.gpu_used)} of it held by others)" if target.gpu_used > IDLE else ""
+        memory = f"{target.gpu_memory / 2**30:.0f} GiB{taken}, compute capability {target.arch}, driver {target.driver}"
         several = f"{target.gpus} of them over {target.links}, each " if target.gpus > 1 else ""
         return f"{several}{memory}; {host} on its host"
     return f"{host}; {', '.join(target.features) or 'no vector extensions known'}"

@@ -143,6 +143,7 @@ def target_of(found: Sequence[Device]) -> Target:
         memory=host.memory,
         gpus=len(found),
         gpu_memory=min(each.memory for each in found),
+        gpu_used=max(each.used for each in found),
         driver=first.driver,
         links=linked if len(found) > 1 else "",
     )

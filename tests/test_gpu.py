@@ -69,7 +69,7 @@ def test_what_a_gpu_has_is_what_its_driver_says(
 ) -> None:
     drive(monkeypatch, capability=capability)
     target = gpu.probe()
-    assert (target.device, target.gpus, target.gpu_memory, target.driver) == ("NVIDIA Example", 1, 24 << 30, "580.1")
+    assert (target.device, target.gpus, target.gpu_memory, target.gpu_used) == ("NVIDIA Example", 1, 24 << 30, 1 << 30)
     assert target.arch == f"{capability[0]}.{capability[1]}" and target.device_type == "cuda"
     assert has <= set(target.dtypes) and not lacks & set(target.dtypes)
     assert cpu.probe().device_type == "cpu"
@@ -129,9 +129,12 @@ def test_a_plan_spreads_a_model_over_as_many_gpus_as_it_takes(tmp_path: Path, mo
     smaller = planned(replace(h200, gpu_memory=34 << 30))  # the reference takes 28 GB and the baseline 17 GiB of it
     assert [each.recipe.name for each in smaller.recipes] == names[2:]
     reasons = {each.recipe.name: each.reason for each in smaller.left_out}
-    assert "GiB of each of its GPUs" in reasons["vllm-bf16"] and "there are 34.0" in reasons["vllm-bf16"]
+    assert "GiB of each of its GPUs" in reasons["vllm-bf16"] and "34.0 are free" in reasons["vllm-bf16"]
     with pytest.raises(RequestError, match="float32 reference needs about"):
         planned(replace(h200, gpu_memory=24 << 30))
+    shared = planned(replace(h200, gpu_used=106 << 30))  # another process is on the card
+    assert [each.recipe.name for each in shared.recipes] == names[2:]
+    assert "140 GiB (106.0 of it held by others)" in shared.describe()
 
 
 def test_the_plan_names_the_gpu_and_what_cannot_run_on_it(tmp_path: Path) -> None:
