@@ -51,11 +51,12 @@ def bert(folder: Path, tokenizer: Path) -> None:
 def vit(folder: Path, tokenizer: Path) -> None:
     """ViT-base's shape in float16."""
     import torch
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+    from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
     _save(ViTForImageClassification(ViTConfig(num_labels=1000)).eval().half(), folder, folder)
-    ViTImageProcessorPil().save_pretrained(folder)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 224, "width": 224}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
 def llama(folder: Path, tokenizer: Path, **sizes: int) -> None:

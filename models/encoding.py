@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from optimize.models.tasks import Examples
 from optimize.pipeline.answers import CONTEXT, OFFSETS, WORDS
 from optimize.pipeline.batches import NEW, Encoded
-from optimize.pipeline.contract import Cell
 from optimize.pipeline.errors import RequestError
 
 LONGEST = 512  # tokens of evaluation text that shapes are made for, where no cell of the workload is longer
@@ -20,21 +20,12 @@ BATCH_SIZES = (1, 2, 8)  # evaluation batches, in turn: none is the batch that e
 Row = Mapping[str, Any]
 
 
-def encode_all(
-    folder: Path,
-    evaluation: Sequence[Row],
-    calibration: Sequence[Row],
-    questions: Sequence[Row],
-    cells: Sequence[Cell],
-    max_length: int,
-    *,
-    labelled: bool,
-) -> dict[str, list[Encoded]]:
+def encode_all(folder: Path, asked: Examples) -> dict[str, list[Encoded]]:
     """See tasks.Encoder. Text that calibrates is in batches of one."""
     return {
-        "evaluation": encode(folder, evaluation, max_length, BATCH_SIZES, labelled=labelled),
-        "calibration": encode(folder, calibration, max_length, (1,)),
-        "cells": encode_cells(folder, evaluation, [(cell.batch, cell.sequence) for cell in cells]),
+        "evaluation": encode(folder, asked.evaluation, asked.max_length, BATCH_SIZES, labelled=asked.labelled),
+        "calibration": encode(folder, asked.calibration, asked.max_length, (1,)),
+        "cells": encode_cells(folder, asked.evaluation, [(cell.batch, cell.sequence) for cell in asked.cells]),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimize.models.encoding import BATCH_SIZES
-from optimize.models.tasks import read_json
+from optimize.models.tasks import Examples, read_json
 from optimize.pipeline.batches import Encoded
-from optimize.pipeline.contract import Cell
 from optimize.pipeline.errors import RequestError
 
 PIXELS = "pixel_values"  # what every image classifier of transformers calls its input
@@ -30,23 +29,15 @@ WIDE = ("I", "F")  # modes, and beginnings of modes, of more than 8 bits a chann
 Row = Mapping[str, Any]
 
 
-def encode_all(
-    folder: Path,
-    evaluation: Sequence[Row],
-    calibration: Sequence[Row],
-    questions: Sequence[Row],
-    cells: Sequence[Cell],
-    max_length: int,
-    *,
-    labelled: bool,
-) -> dict[str, list[Encoded]]:
+def encode_all(folder: Path, asked: Examples) -> dict[str, list[Encoded]]:
     """See tasks.Encoder: float32 of [batch, channels, height, width]. Raises RequestError for what is no image."""
-    judged, sizes = _pixels(folder, evaluation), [cell.batch for cell in cells]
+    judged, sizes = _pixels(folder, asked.evaluation), [cell.batch for cell in asked.cells]
+    calibrating: Iterable[Any] = _pixels(folder, asked.calibration) if asked.calibration else ()
     turns = [BATCH_SIZES[index % len(BATCH_SIZES)] for index in range(len(judged))]
     ends = np.cumsum(turns)
     return {
         "evaluation": [{PIXELS: each} for each in np.split(judged, ends[ends < len(judged)])],
-        "calibration": [{PIXELS: each[None]} for each in _pixels(folder, calibration)] if calibration else [],
+        "calibration": [{PIXELS: each[None]} for each in calibrating],
         "cells": [{PIXELS: judged[np.arange(size) % len(judged)]} for size in sizes],
     }
 

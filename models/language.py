@@ -13,6 +13,7 @@ import numpy as np
 from optimize.models.encoding import Row, load_tokenizer, pad_prompts
 from optimize.models.encoding import encode_sample as encode_sample  # a prompt is traced as any text
 from optimize.models.questions import encode_questions
+from optimize.models.tasks import Examples
 from optimize.pipeline.batches import FIRST, UNTIMED, Encoded
 from optimize.pipeline.contract import Cell
 from optimize.pipeline.errors import RequestError
@@ -24,22 +25,13 @@ RAGGED_NEW = 8
 TRIED = 64  # places at which a prompt may begin
 
 
-def encode_all(
-    folder: Path,
-    evaluation: Sequence[Row],
-    calibration: Sequence[Row],
-    questions: Sequence[Row],
-    cells: Sequence[Cell],
-    max_length: int,
-    *,
-    labelled: bool,
-) -> dict[str, list[Encoded]]:
+def encode_all(folder: Path, asked: Examples) -> dict[str, list[Encoded]]:
     """See tasks.Encoder."""
-    asked = encode_questions(folder, questions, max_length)
+    questions = encode_questions(folder, asked.questions, asked.max_length)
     return {
-        "evaluation": [*encode_windows(folder, evaluation, max_length), *asked],
-        "calibration": encode_windows(folder, calibration, max_length) if calibration else [],
-        "cells": encode_prompts(folder, evaluation, cells),
+        "evaluation": [*encode_windows(folder, asked.evaluation, asked.max_length), *questions],
+        "calibration": encode_windows(folder, asked.calibration, asked.max_length) if asked.calibration else [],
+        "cells": encode_prompts(folder, asked.evaluation, asked.cells),
     }
 
 

@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimize.models.encoding import Row, load_tokenizer
-from optimize.models.tasks import read_json
+from optimize.models.tasks import Examples, read_json
 from optimize.pipeline.batches import NEW, SOUND, Encoded
-from optimize.pipeline.contract import Cell
 from optimize.pipeline.errors import CheckpointError, RequestError
 from optimize.pipeline.questions import ENDS, TRUTH
 
@@ -72,28 +71,19 @@ def read_decoding(folder: Path) -> Decoding:
     )
 
 
-def encode_all(
-    folder: Path,
-    evaluation: Sequence[Row],
-    calibration: Sequence[Row],
-    questions: Sequence[Row],
-    cells: Sequence[Cell],
-    max_length: int,
-    *,
-    labelled: bool,
-) -> dict[str, list[Encoded]]:
+def encode_all(folder: Path, asked: Examples) -> dict[str, list[Encoded]]:
     """See tasks.Encoder: each clip is a batch by itself, float32 of [mels, frames], transcribed to its end; a cell is
     [batch, mels, frames]. Raises RequestError for what is no sound, or longer than the model hears.
     """
     decoding, normalize = read_decoding(folder), normalizer(folder)
-    room = min(WRITTEN, max_length - len(decoding.prompt))
-    clips = _features(folder, evaluation)
+    room = min(WRITTEN, asked.max_length - len(decoding.prompt))
+    clips = _features(folder, asked.evaluation)
     batches: list[Encoded] = [{SOUND: clip, ENDS: np.array([decoding.end]), NEW: np.array(room)} for clip in clips]
-    if labelled:
-        for batch, row in zip(batches, evaluation, strict=True):
+    if asked.labelled:
+        for batch, row in zip(batches, asked.evaluation, strict=True):
             batch[TRUTH] = np.array(normalize(row["transcript"]), dtype=np.str_)
     stacked = np.stack(clips)
-    sizes = [(stacked[np.arange(cell.batch) % len(clips)], cell.new) for cell in cells]
+    sizes = [(stacked[np.arange(cell.batch) % len(clips)], cell.new) for cell in asked.cells]
     return {"evaluation": batches, "cells": [{SOUND: sounds, NEW: np.array(new)} for sounds, new in sizes]}
 
 

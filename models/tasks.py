@@ -65,24 +65,26 @@ class Task:
         return module
 
 
+@dataclass(frozen=True)
+class Examples:
+    """What a run is to feed a model with, as rows of --data; the cells are filled with the same."""
+
+    evaluation: Sequence[Mapping[str, Any]]
+    calibration: Sequence[Mapping[str, Any]] = ()
+    questions: Sequence[Mapping[str, Any]] = ()
+    cells: Sequence[Cell] = ()
+    max_length: int = 0  # tokens
+    labelled: bool = False
+
+
 class Encoder(Protocol):
     """A module of models/ that makes a model's inputs, with what the checkpoint brings along for it."""
 
-    def encode_all(
-        self,
-        folder: Path,
-        evaluation: Sequence[Mapping[str, Any]],
-        calibration: Sequence[Mapping[str, Any]],
-        questions: Sequence[Mapping[str, Any]],
-        cells: Sequence[Cell],
-        max_length: int,
-        *,
-        labelled: bool,
-    ) -> dict[str, list[Encoded]]:
+    def encode_all(self, folder: Path, asked: Examples) -> dict[str, list[Encoded]]:
         """Batches of `evaluation`, `calibration` (if there are any) and `cells`, by those names.
 
-        Where examples are `labelled`, evaluation also has what turns outputs into answers (see answers.py). A language
-        model's labelled `questions` stand behind the windows of its text.
+        Where examples are labelled, evaluation also has what turns outputs into answers (see answers.py). A language
+        model's labelled questions stand behind the windows of its text.
         """
 
     def encode_sample(self, folder: Path) -> Encoded:

@@ -197,9 +197,7 @@ class Cell:
     """One point of the workload: what is timed as one call."""
 
     batch: int
-    sequence: int = (
-        0  # tokens, all of them real: no padding; of a generation, those of the prompt; 0 of images and clips
-    )
+    sequence: int = 0  # tokens, all of them real; of a generation, those of the prompt; 0 of images and clips
     new: int = 0  # tokens that are generated for each prompt; 0 is one forward pass
 
     def __str__(self) -> str:

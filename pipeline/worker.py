@@ -55,13 +55,12 @@ class Worker:
         questions: list[Any] | None = None,
     ) -> None:
         """Encode examples as the checkpoint does into evaluation.npz, calibration.npz and cells.npz: tasks.Encoder."""
-        from optimize.models.tasks import TASKS
+        from optimize.models.tasks import TASKS, Examples
         from optimize.pipeline.batches import save_batches
 
-        encoded = TASKS[task].encoder.encode_all(
-            Path(folder), evaluation, calibration, questions or [], [Cell(*cell) for cell in cells], max_length,
-            labelled=labelled,
-        )  # fmt: skip
+        shapes = [Cell(*cell) for cell in cells]
+        asked = Examples(evaluation, calibration, questions or [], shapes, max_length, labelled)
+        encoded = TASKS[task].encoder.encode_all(Path(folder), asked)
         for name, batches in encoded.items():
             if batches:
                 save_batches(Path(out) / f"{name}.npz", batches)

@@ -14,7 +14,7 @@ import soundfile
 from optimize.models.cells import read_sound as read_cell
 from optimize.models.examples import read_examples
 from optimize.models.speech import DRAWN, draw, encode_all, read_decoding, read_sound
-from optimize.models.tasks import TASKS
+from optimize.models.tasks import TASKS, Examples
 from optimize.pipeline.contract import Cell, Kind
 from optimize.pipeline.errors import CheckpointError, RequestError
 from optimize.pipeline.questions import ENDS, TRUTH, word_accuracy
@@ -96,7 +96,7 @@ def test_a_file_that_is_no_sound_is_refused_by_its_row(tmp_path: Path) -> None:
 def test_a_clip_that_is_too_long_is_refused(whisper: Path, tmp_path: Path) -> None:
     source = cell(tmp_path, np.zeros(16000 * 7), 16000)
     with pytest.raises(RequestError, match=r"row 1: audio takes 7.0 s, the model hears 6"):
-        encode_all(whisper, [{"audio": source}], [], [], [], 44, labelled=False)
+        encode_all(whisper, Examples([{"audio": source}], max_length=44))
 
 
 def test_without_data_sounds_are_drawn() -> None:
@@ -113,7 +113,7 @@ def test_features_are_the_extractors_and_truths_are_normalized(whisper: Path, so
 
     found = read_examples(str(sounds), TASK)
     rows = [{**found.evaluation[0], "transcript": "It's TWENTY-one, Mr. Green!"}]
-    encoded = encode_all(whisper, rows, [], [], [Cell(3, new=4)], 44, labelled=True)
+    encoded = encode_all(whisper, Examples(rows, cells=[Cell(3, new=4)], max_length=44, labelled=True))
     (clip,) = encoded["evaluation"]
     extractor = AutoFeatureExtractor.from_pretrained(whisper)
     sound = read_sound(found.evaluation[0]["audio"], 16000)
@@ -139,8 +139,8 @@ def test_transcriptions_are_those_of_transformers_generate(whisper: Path) -> Non
 
     from optimize.targets.runtimes import open_session
 
-    clips = encode_all(whisper, [{"audio": {"drawn": index}} for index in range(4)], [], [], [Cell(4, new=4)], 44,
-                       labelled=False)["cells"][0]["input_features"]  # fmt: skip
+    asked = Examples([{"audio": {"drawn": index}} for index in range(4)], cells=[Cell(4, new=4)], max_length=44)
+    clips = encode_all(whisper, asked)["cells"][0]["input_features"]
     session: Any = open_session(Kind.CHECKPOINT, whisper, TASK.name, 1)
     ours = write_until(session, list(clips), 12, lambda tokens: tokens[-1] == 2)
     model = AutoModelForSpeechSeq2Seq.from_pretrained(whisper).eval()
@@ -166,12 +166,8 @@ def test_steps_score_what_a_whole_transcription_scores(kind: Kind, whisper: Path
         ConvertOpenvino().run(Artifact(Kind.CHECKPOINT, whisper, "", ""), Context(TASK.name, probe()), tmp_path)
         folder = tmp_path
     session: Any = open_session(kind, folder, TASK.name, 1)
-    clips = [
-        each["input_features"]
-        for each in encode_all(
-            whisper, [{"audio": {"drawn": index}} for index in range(3)], [], [], [], 44, labelled=False
-        )["evaluation"]
-    ]
+    asked = Examples([{"audio": {"drawn": index}} for index in range(3)], max_length=44)
+    clips = [each["input_features"] for each in encode_all(whisper, asked)["evaluation"]]
     tokens = np.array([[30, 31, 32], [40, 41, 42], [50, 51, 52]])
     model = AutoModelForSpeechSeq2Seq.from_pretrained(whisper).eval()
     ids = np.concatenate([np.tile([1, 5], (3, 1)), tokens[:, :-1]], axis=1)

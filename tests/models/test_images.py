@@ -13,7 +13,7 @@ from PIL import Image
 from optimize.models.cells import read_file
 from optimize.models.examples import read_examples
 from optimize.models.images import DRAWN, draw, encode_all, open_image
-from optimize.models.tasks import TASKS
+from optimize.models.tasks import TASKS, Examples
 from optimize.pipeline.contract import Cell
 from optimize.pipeline.errors import RequestError
 from tests.conftest import MakeCheckpoint
@@ -169,7 +169,7 @@ def test_inputs_are_those_of_transformers_pipelines(make_image_classifier: MakeC
 
     folder = make_image_classifier()
     found = source(tmp_path, picture(3, "CMYK", "JPEG"))
-    encoded = encode_all(folder, [{"image": found}], [], [], [Cell(3)], 0, labelled=False)
+    encoded = encode_all(folder, Examples([{"image": found}], cells=[Cell(3)]))
     theirs = pipeline("image-classification", model=str(folder)).preprocess(str(tmp_path / "image"))["pixel_values"]
     assert np.array_equal(encoded["evaluation"][0]["pixel_values"], theirs.numpy())
     assert encoded["cells"][0]["pixel_values"].shape == (3, 3, 16, 16) and encoded["calibration"] == []
@@ -178,7 +178,7 @@ def test_inputs_are_those_of_transformers_pipelines(make_image_classifier: MakeC
 def test_a_model_of_one_channel_gets_grey(make_image_classifier: MakeCheckpoint) -> None:
     folder = make_image_classifier(num_channels=1)
     rows = [{"image": {"drawn": index}} for index in range(12)]
-    encoded = encode_all(folder, rows, rows[:2], [], [Cell(1)], 0, labelled=False)
+    encoded = encode_all(folder, Examples(rows, rows[:2], cells=[Cell(1)]))
     assert [each["pixel_values"].shape for each in encoded["evaluation"]] == [
         (1, 1, 16, 16), (2, 1, 16, 16), (8, 1, 16, 16), (1, 1, 16, 16)]  # fmt: skip
     assert [len(each["pixel_values"]) for each in encoded["calibration"]] == [1, 1]
@@ -189,4 +189,4 @@ def test_a_processor_that_keeps_proportions_is_refused(make_image_classifier: Ma
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"do_resize": False}))
     with pytest.raises(RequestError, match="of another"):
-        encode_all(folder, [{"image": {"drawn": index}} for index in range(3)], [], [], [], 0, labelled=False)
+        encode_all(folder, Examples([{"image": {"drawn": index}} for index in range(3)]))
