@@ -32,9 +32,9 @@ RECIPES = {
     "tensorrt-fp8": "export-onnx,quantize-modelopt{mode=fp8},build-tensorrt",
 }
 IMAGES = ("eager-fp16", "eager-bf16", "graphs-fp16", "compiled-fp16", "compiled-bf16")  # those that take them
-TRANSCRIBING = {
-    "eager-fp16": "cast-dtype{dtype=float16}",
-    "eager-bf16": "cast-dtype",
+TRANSCRIBING = {  # for speech models
+    "speech-fp16": "cast-dtype{dtype=float16}",
+    "speech-bf16": "cast-dtype",
 }
 GENERATING = {  # for language models
     "eager-fp16": "cast-dtype{dtype=float16}",

@@ -18,6 +18,7 @@ from optimize.passes._cuda_graphs import fitting, shapes_of, widened
 from optimize.passes.compile_cuda import CompileCuda
 from optimize.pipeline.calls import call_of
 from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Dimensions, Form, Kind, Target
+from optimize.pipeline.driver import Request
 from optimize.pipeline.errors import ExitCode, RequestError
 from optimize.pipeline.plan import make_plan
 from optimize.pipeline.toolchain_files import Toolchain
@@ -254,3 +255,24 @@ def test_a_checkpoint_is_lowered_judged_and_emitted_on_a_gpu(tiny: Path, cli: Cl
     assert outcome.code == 0, outcome.output
     manifest = json.loads((tmp_path / "emitted" / "optimize.json").read_text())
     assert manifest["kind"] == "cuda-graphs" and manifest["report"]["host"]["target"]["gpus"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fixture", "planned"),
+    [
+        ("make_checkpoint", {"graphs-fp16", "compiled-fp16", "compiled-bf16"}),
+        ("make_image_classifier", {"graphs-fp16", "compiled-fp16", "compiled-bf16"}),
+        ("make_language_model", {"vllm-bf16", "vllm-fp8"}),
+        ("make_speech_model", {"speech-fp16", "speech-bf16"}),
+    ],
+)
+def test_every_form_of_model_has_a_plan_on_a_gpu(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fixture: str, planned: set[str]
+) -> None:
+    drive(monkeypatch)
+    monkeypatch.setenv("OPTIMIZE_TOOLCHAIN_VLLM", sys.executable)
+    monkeypatch.setattr(Toolchain, "lacks", lambda *_: "")
+    asked = Request(str(request.getfixturevalue(fixture)()), target="gpu", cache=tmp_path)
+    plan = asked.plan(install=False).plan
+    assert {each.recipe.name for each in plan.recipes} >= planned
+    assert all(each.need.gpu for each in plan.recipes)
