@@ -1,7 +1,8 @@
 """Worker processes seen from the parent: start, ask with a time limit, pause, resume, kill.
 
 A worker is a session leader of its own, so that killing it takes its compilers along and Ctrl-C reaches only the
-parent, which then kills its workers in order. If the parent itself is killed, the kernel kills the worker.
+parent, which then kills its workers in order. If the parent itself is killed, the kernel kills the worker, and a guard
+what the worker started: a process that is stopped would outlive it, with all that it holds of a GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from optimize.pipeline.errors import WorkerError
 from optimize.pipeline.toolchains import Environment, worker_environment
 from optimize.pipeline.worker import PROTOCOL
 
+# waits until nobody holds the other end of its input any more, and kills a process group: stopped ones die of it too
+GUARD = 'read -r _; kill -s KILL -- "-$0"'
 LOG_TAIL = 12  # lines shown of a failed worker's log
 POLL_SECONDS = 0.2
 
@@ -66,6 +69,10 @@ class WorkerProcess:
             raise
         finally:
             os.close(write_end)
+        self._guard = subprocess.Popen(
+            ["sh", "-c", GUARD, str(self.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
         os.set_blocking(read_end, False)
         self._answers = read_end
         self._received = b""
@@ -127,6 +134,8 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End the process and everything it started."""
+        self._guard.kill()  # first: the process's number may soon be another's
+        self._guard.wait()
         self._signal(signal.SIGKILL)
         self._process.wait()
 
@@ -144,9 +153,10 @@ class WorkerProcess:
     def close(self) -> None:
         """End the process, whatever it is doing, and let go of its pipes."""
         self.kill()
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
+        for each in (self._process, self._guard):
+            assert each.stdin is not None
+            with suppress(BrokenPipeError):
+                each.stdin.close()
         os.close(self._answers)
         shutil.rmtree(self._scratch, ignore_errors=True)
 

@@ -356,6 +356,39 @@ def test_killing_the_parent_kills_the_worker(tmp_path: Path, paused: bool) -> No
         assert gone(pid, within=2.0)
 
 
+def test_killing_the_parent_kills_what_a_stopped_worker_started(
+    tmp_path: Path, third_party: Install, out: Path, target: Target
+) -> None:
+    third_party(PASSES, {"misbehave": "Misbehave"})
+    source = {"kind": "checkpoint", "path": str(out), "key": "the key", "digest": "d"}
+    script = f"""
+    import threading, time
+    from functools import partial
+    from pathlib import Path
+    from optimize.pipeline.workers import WorkerProcess
+    worker = WorkerProcess(Path({str(tmp_path)!r}) / "worker.log")
+    ask = partial(worker.ask, "build", limit=60, step="misbehave{{how=waits_for_a_child}}", source={source!r},
+                  task="fill-mask", target={asdict(target)!r}, calibration=None, out={str(out)!r})
+    threading.Thread(target=ask, daemon=True).start()
+    while not (Path({str(out)!r}) / "child.pid").exists():
+        time.sleep(0.02)
+    time.sleep(0.2)
+    worker.pause()
+    print(worker.pid, flush=True)
+    time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker, child = int(parent.stdout.readline()), int((out / "child.pid").read_text())
+        end = time.monotonic() + 5
+        while psutil.Process(child).status() != psutil.STATUS_STOPPED and time.monotonic() < end:
+            time.sleep(0.02)
+        parent.kill()
+        assert time.monotonic() < end, "it was never stopped"
+        assert gone(child) and gone(worker)
+
+
 def test_logs_are_appended_to(tmp_path: Path) -> None:
     log = tmp_path / "worker.log"
     log.write_text("earlier\n")
