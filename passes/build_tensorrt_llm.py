@@ -23,7 +23,7 @@ from optimize.passes._tensorrt_llm import (
     write_facts,
 )
 from optimize.pipeline.batches import load_batches
-from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass, Target
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.memory import FRAMEWORKS
 
@@ -66,7 +66,7 @@ class BuildTensorrtLlm(Pass):
         return "float8_e4m3fn" if self.quantization == "fp8" else self.dtype
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
-        if not TASKS[checkpoint.task].generates:
+        if TASKS[checkpoint.task].form is not Form.PROMPTS:
             return "it is for language models"
         return "it builds on the GPUs that it builds for, and here is none" if target.name == "cpu" else None
 

@@ -11,7 +11,7 @@ from optimize.models.checkpoint import dimensions, max_length, read_config
 from optimize.models.tasks import TASKS
 from optimize.passes._limits import LONGEST, Limits, limits_of
 from optimize.passes._links import link_checkpoint
-from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind, Pass, Placement, Target
+from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Form, Kind, Pass, Placement, Target
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.memory import FRAMEWORKS
 
@@ -69,7 +69,7 @@ class ServeVllm(Pass):
         return "float8_e4m3fn" if self.quantization == "fp8" else self.dtype
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
-        if not TASKS[checkpoint.task].generates:
+        if TASKS[checkpoint.task].form is not Form.PROMPTS:
             return "it serves language models"
         needed = "float8_e4m3fn" if "fp8" in (self.quantization, self.cache) else self.dtype
         if needed not in target.dtypes:
@@ -80,9 +80,6 @@ class ServeVllm(Pass):
 
     def memory(self, checkpoint: Checkpoint) -> int:
         return FRAMEWORKS  # files are copied
-
-    def weight_bytes(self, checkpoint: Checkpoint) -> int:
-        return checkpoint.weight_bytes  # on disk: vLLM quantizes where it opens
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         link_checkpoint(source, out)
@@ -106,11 +103,10 @@ class ServeVllm(Pass):
             "max-num-batched-tokens": self.batched,
             "enforce-eager": self.eager,
         }
-        taken = {
-            "dtype": self.dtype,
-            "gpu-memory-utilization": 0.9 if target.gpus else 0.5,
-        }  # of a processor, its host's
-        return taken | {name: value for name, value in chosen.items() if value}
+        share = 0.9 if target.gpus else 0.5  # of a processor's, it is the host's memory
+        return {"dtype": self.dtype, "gpu-memory-utilization": share} | {
+            name: value for name, value in chosen.items() if value
+        }
 
     def ensures(self, out: Path) -> None:
         for name in ("config.json", SERVE, FACTS):

@@ -35,7 +35,7 @@ def main_group() -> None:
 
 @main_group.command("compile")
 @click.argument("model")
-@click.option("--target", help="Where the artifact will run: cpu, gpu. [default: cpu]")
+@click.option("--target", help="Where the artifact will run: cpu, gpu, multi-gpu. [default: cpu]")
 @click.option("--task", help="What the checkpoint is for. [default: inferred from it]")
 @click.option("--data", metavar="FILE", help="Your own data: .jsonl, .csv, .parquet, images by class, NAME:SPLIT.")
 @click.option("--out", type=click.Path(path_type=Path), help="The emitted folder. [default: ./MODEL-TARGET]")

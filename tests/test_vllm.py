@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from optimize.passes._limits import Limits
+from optimize.passes.build_tensorrt_llm import BuildTensorrtLlm
 from optimize.passes.quantize_llm_compressor import QuantizeLlmCompressor
 from optimize.passes.serve_vllm import ServeVllm, cache_bytes
 from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind, Target
@@ -169,6 +170,9 @@ def test_the_cache_holds_the_largest_cell_and_the_longest_text() -> None:
 def test_what_cannot_be_is_left_out_in_words() -> None:
     assert ServeVllm().requires(MODEL, H100) is None
     assert "language models" in str(ServeVllm().requires(replace(MODEL, task="fill-mask"), H100))
+    speech = replace(MODEL, task="automatic-speech-recognition")
+    for each in (ServeVllm(), BuildTensorrtLlm()):
+        assert str(each.requires(speech, H100)).endswith(" language models")
     turing = replace(H100, device="T4", dtypes=("float16",))
     assert ServeVllm().requires(MODEL, turing) == "T4 has no bfloat16 arithmetic"
     assert ServeVllm(dtype="float16", cache="fp8").requires(MODEL, turing) == "T4 has no float8_e4m3fn arithmetic"
