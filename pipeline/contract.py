@@ -351,7 +351,7 @@ class Objective(Word):
 
     LATENCY = "latency"  # speedup over all cells of the workload
     THROUGHPUT = "throughput"  # speedup at the cell with the most tokens
-    MEMORY = "memory"  # peak resident memory
+    MEMORY = "memory"  # of a GPU, most memory held; then peak resident memory
     SIZE = "size"  # bytes on disk
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from optimize.pipeline.accuracy import Accuracy
 from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, Labelling, Meaning, Objective, Target
 from optimize.pipeline.errors import ArtifactError
+from optimize.pipeline.gpus import GpuMemory
 from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.roofline import Peaks, Roof, Work
@@ -28,7 +29,7 @@ from optimize.pipeline.versions import installed_version, ollama_version
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-SCHEMA_VERSION = "2.5"
+SCHEMA_VERSION = "2.6"
 FILE = "optimize.json"
 REPORT = "report.json"  # in a run's folder
 RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers",
@@ -72,6 +73,8 @@ class Baseline:
     roofs: tuple[Roof, ...] = ()  # of the cells
     throughput: Throughput | None = None
     predicted_memory: int | None = None  # bytes, by the plan, also while it reads all text
+    gpu_memory: GpuMemory | None = None  # held when every cell had been run
+    predicted_gpu_memory: int | None = None  # bytes of the GPU, by the plan, also while it reads all text
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Reference:
 
     peak_memory: int
     predicted_memory: int
+    gpu_memory: GpuMemory | None = None  # held when it had read all text
+    predicted_gpu_memory: int | None = None
 
 
 @dataclass(frozen=True)

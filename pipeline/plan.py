@@ -91,7 +91,8 @@ class Plan:
     baseline_memory: int = 0  # the same of the baseline's
     environments: Mapping[str, Environment] = field(default_factory=dict)  # by toolchain, of those that are used
     allow_archived: bool = False  # whether a recipe that is archived may be emitted
-    eager_gpu: int = 0  # bytes of the GPU that the reference or the baseline takes at most, by estimate
+    reference_gpu: int = 0  # bytes of the GPU that the reference takes at most, by estimate
+    baseline_gpu: int = 0  # the same of the baseline
 
     def fits_beside_baseline(self, recipes: Iterable[PlannedRecipe]) -> bool:
         """Whether these can be built while the baseline is kept in memory."""
@@ -105,6 +106,7 @@ class Plan:
         generates = form in (Form.PROMPTS, Form.CLIPS)
         drop = "perplexity up by" if generates else "drop"
         revision = f"@{checkpoint.revision[:12]}" if checkpoint.revision else ""
+        eager_gpu = max(self.reference_gpu, self.baseline_gpu)
         lines = [
             f"checkpoint  {checkpoint.name}{revision} ({checkpoint.architecture}, {checkpoint.task}, "
             f"{checkpoint.parameters / 1e6:.1f} M parameters, {checkpoint.dtype})",
@@ -116,7 +118,7 @@ class Plan:
             f"foreign load at most {gates.max_load:g}",
             f"memory      about {gib(self.reference_memory)} GiB for the reference, {gib(self.baseline_memory)} for the"
             " baseline, which runs beside each candidate"
-            + (f"; about {gib(self.eager_gpu)} GiB of the GPU for either" if self.eager_gpu else ""),
+            + (f"; about {gib(eager_gpu)} GiB of the GPU for either" if eager_gpu else ""),
             "",
         ]
         width = max((len(planned.recipe.name) for planned in self.recipes), default=0)
@@ -214,7 +216,7 @@ def make_plan(
     return Plan(
         checkpoint, source_key, target, tuple(planned), tuple(left_out), cells, gates, budget, evaluation,
         calibration_digest, next(iter(reference.steps), None), reference.need.run, baseline, environments,
-        allow_archived, max(reference.need.gpu, eager.gpu),
+        allow_archived, reference.need.gpu, eager.gpu,
     )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ class Lines(Progress):
         self._say(f"{name}: {step.text} {built_text(step)}")
 
     def evaluated(self, candidate: Candidate) -> None:
-        self._say(f"{candidate.name}: {accuracy_text(candidate)}")
+        self._say(f"{candidate.name}: {accuracy_text(candidate)}{_gpu_text(candidate)}")
 
     def timed(self, candidate: Candidate) -> None:
         assert candidate.speed is not None
@@ -141,6 +141,14 @@ class NoteHandler(logging.Handler):
 def _quads(speed: Speed) -> str:
     again = f", {speed.disturbed} disturbed" if speed.disturbed else ""
     return f"{speed.quads} quads{again}"
+
+
+def _gpu_text(candidate: Candidate) -> str:
+    if candidate.judged_gpu_memory is None:
+        return ""
+    predicted = candidate.predicted_gpu_memory
+    beside = "" if predicted is None else f", {predicted / 2**20:.0f} predicted"
+    return f" ({candidate.judged_gpu_memory.most / 2**20:.0f} MiB of a GPU{beside})"
 
 
 def built_text(step: StepReport) -> str:

@@ -99,7 +99,8 @@ def _table(report: Report, *, wide: bool) -> object:
     )  # fmt: skip
     workload = report.workload if wide or len(report.workload) > 1 else ()
     named = ("ppl", "KL") if report.evaluation.meaning is Meaning.NEXT else ("cosine", "worst")
-    titles = [named[0], *([named[1]] if wide else []), *map(str, workload), "overall", "mem\nMiB", "size\nMiB"]
+    gpu = ["GPU\nMiB"] if report.host.target.gpus else []
+    titles = [named[0], *([named[1]] if wide else []), *map(str, workload), "overall", *gpu, "mem\nMiB", "size\nMiB"]
     table.add_column("recipe", no_wrap=True)
     rate = "images" if report.workload[0].form is Form.IMAGES else "tokens"
     for title in (*titles, *(WIDE_TITLES if wide else [])):
@@ -108,7 +109,8 @@ def _table(report: Report, *, wide: bool) -> object:
     if report.baseline is not None:
         side = report.baseline
         more = ["", f"{side.load_seconds:.1f}", *_limits(side, report.workload)]
-        costs = [_mib(side.peak_memory), "", *(more if wide else [])]
+        held = [_mib(side.gpu_memory.most if side.gpu_memory else None)] if gpu else []
+        costs = [*held, _mib(side.peak_memory), "", *(more if wide else [])]
         blanks = ["", *([""] if wide else []), *["1"] * (len(workload) + 1)]
         table.add_row("eager (baseline)", *blanks, *costs, "")
     best = pareto(report.candidates)
@@ -116,9 +118,7 @@ def _table(report: Report, *, wide: bool) -> object:
         style = "bold green" if candidate.name == report.emitted else STYLES.get(candidate.status, "red")
         verdict = "emitted" if candidate.name == report.emitted else str(candidate.status)
         verdict += " *" if candidate.name in best else ""
-        table.add_row(
-            candidate.name, *_cells(candidate, report.workload, len(workload), wide), f"[{style}]{verdict}[/]"
-        )
+        table.add_row(candidate.name, *_cells(candidate, report, len(workload), wide), f"[{style}]{verdict}[/]")
     return table
 
 
@@ -128,8 +128,8 @@ def _rank(candidate: Candidate) -> tuple[int, float]:
     return order.index(candidate.status), -(candidate.speed.overall.low if candidate.speed else 0.0)
 
 
-def _cells(candidate: Candidate, cells: Sequence[Cell], workload: int, wide: bool) -> list[str]:
-    accuracy, speed = candidate.accuracy, candidate.speed
+def _cells(candidate: Candidate, report: Report, workload: int, wide: bool) -> list[str]:
+    accuracy, speed, held = candidate.accuracy, candidate.speed, candidate.gpu_memory
     near, far = "-", "-"
     if isinstance(accuracy, LanguageAccuracy):
         near, far = f"{accuracy.drop.value:+.2%}", f"{accuracy.divergence:.2g}"
@@ -145,9 +145,10 @@ def _cells(candidate: Candidate, cells: Sequence[Cell], workload: int, wide: boo
     build = f"{candidate.build_seconds:.0f}" if candidate.steps else "-"
     load = "-" if candidate.load_seconds is None else f"{candidate.load_seconds:.1f}"
     costs = [
+        *([_mib(held.most if held else None)] if report.host.target.gpus else []),
         _mib(candidate.peak_memory),
         _mib(candidate.size),
-        *([build, load, *_limits(candidate, cells)] if wide else []),
+        *([build, load, *_limits(candidate, report.workload)] if wide else []),
     ]
     return [near, *([far] if wide else []), *speeds, *costs]
 

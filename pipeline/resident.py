@@ -16,16 +16,16 @@ def peak_memory() -> int:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return sum(map(_peak_of, _with_children(os.getpid())))
+    return sum(map(_peak_of, with_children(os.getpid())))
 
 
-def _with_children(pid: int) -> list[int]:
+def with_children(pid: int) -> list[int]:
     """A process and all that descend from it. By hand: a toolchain's Python has no psutil."""
     try:
         found = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
     except OSError:  # it has ended
         found = []
-    return [pid, *(each for child in found for each in _with_children(int(child)))]
+    return [pid, *(each for child in found for each in with_children(int(child)))]
 
 
 def _peak_of(pid: int) -> int:

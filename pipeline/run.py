@@ -40,6 +40,11 @@ from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Opened, Trial, prob
 from optimize.pipeline.verdict import Candidate, Status, StepReport, Throughput, choose, judge_speed, why_not_recover
 from optimize.pipeline.workers import WorkerProcess, running
 
+# as a note has it
+BY_GROWTH = (
+    "the driver names no process of ours, as in a container: told is by how much the used memory of the GPU has grown, "
+    "which is right as long as others take and give nothing back there"
+)
 SWEEP = 0.25  # of a candidate's share of the budget: how long looking for its highest throughput may go on
 
 
@@ -56,6 +61,7 @@ class Run:
     candidates: list[Candidate] = field(default_factory=list)
     artifacts: dict[str, Artifact] = field(default_factory=dict)  # of the recipes that were built, by name
     _elsewhere: set[str] = field(default_factory=set)  # candidates that this host cannot run, and says so
+    _told: bool = False  # how GPU memory is told apart from that of others
     left_out: dict[str, str] = field(default_factory=dict)  # recipe -> why it was not tried
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase
     baseline: Baseline | None = None
@@ -112,7 +118,7 @@ class Run:
         return Trial(
             self.folder, self.folder, plan.checkpoint.task, plan.target.cores, plan.workload, plan.gates,
             texts.pooling, texts.meaning, texts.labelling, plan.checkpoint.folder, plan.environments,
-            plan.target.device_type, self.progress.tick,
+            plan.target.device_type, self.progress.tick, plan.target.gpus,
         )  # fmt: skip
 
     @property
@@ -143,7 +149,8 @@ class Run:
                     for batches in (TEXT, CELLS)
                 }
                 peak = opened.worker.ask("memory", limit=STEP_LIMIT)
-                self.reference = Reference(peak, self.plan.reference_memory)
+                held, planned = opened.worker.gpu_memory(), self.plan.reference_gpu or None
+                self.reference = Reference(peak, self.plan.reference_memory, held, planned)
                 first = [planned for planned in self.plan.recipes if not planned.recipe.after]
                 if not same or not self.plan.fits_beside_baseline(first):
                     return outputs, None
@@ -162,7 +169,7 @@ class Run:
 
     def _build(self, planned: PlannedRecipe) -> Candidate:
         candidate = Candidate(planned.recipe.name, planned.text, planned.recipe.produces, Status.NOT_BUILT)
-        candidate.predicted_memory = planned.need.run
+        candidate.predicted_memory, candidate.predicted_gpu_memory = planned.need.run, planned.need.gpu or None
         candidate.arithmetic = planned.recipe.arithmetic(self.plan.checkpoint.dtype)
         self.candidates.append(candidate)
         try:
@@ -259,7 +266,8 @@ class Run:
         self.baseline = Baseline(
             opened.load_seconds, opened.first_seconds, opened.peak_memory,
             self._roofs(seconds, plan.checkpoint.dtype, plan.checkpoint.weight_bytes) if seconds else (),
-            self._throughput("baseline", opened.worker), plan.baseline_memory,
+            self._throughput("baseline", opened.worker), plan.baseline_memory, opened.gpu_memory,
+            plan.baseline_gpu or None,
         )  # fmt: skip
 
     def _throughput(self, name: str, worker: WorkerProcess) -> Throughput | None:
@@ -296,11 +304,16 @@ class Run:
 
     def _evaluate(self, candidate: Candidate, opened: Opened, reference: Mapping[str, list[Any]]) -> None:
         candidate.load_seconds, candidate.first_seconds = opened.load_seconds, opened.first_seconds
-        candidate.peak_memory = opened.peak_memory
+        candidate.peak_memory, candidate.gpu_memory = opened.peak_memory, opened.gpu_memory
         candidate.accuracy, candidate.reason = self.trial.judge(opened.worker, reference)
         candidate.judged_memory = opened.worker.ask("memory", limit=STEP_LIMIT)
+        candidate.judged_gpu_memory = opened.worker.gpu_memory()
         candidate.status = Status.INACCURATE if candidate.reason else Status.PASSED
         self.progress.evaluated(candidate)
+        held = candidate.judged_gpu_memory
+        if held is not None and not held.by_process and not self._told:
+            self._told = True
+            self.progress.note(f"GPU memory: {BY_GROWTH}")
 
     def _measure(self, candidate: Candidate, baseline: WorkerProcess, worker: WorkerProcess) -> None:
         self.progress.doing(candidate.name, "timing against the baseline")

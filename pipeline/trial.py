@@ -14,6 +14,7 @@ from optimize.pipeline.accuracy import Accuracy, compare_outputs, why_rejected, 
 from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Cell, Gates, Kind, Labelling, Meaning
 from optimize.pipeline.errors import OutputError, WorkerError
+from optimize.pipeline.gpus import GpuMemory
 from optimize.pipeline.language import IDS, LanguageAccuracy, compare_language, why_language_rejected
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.metrics import task_metrics
@@ -35,6 +36,7 @@ class Opened:
     load_seconds: float
     first_seconds: float
     peak_memory: int  # with every cell run once, before outputs pile up to be judged
+    gpu_memory: GpuMemory | None = None  # likewise
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Trial:
     environments: Mapping[str, Environment]  # by toolchain
     device: str = "cpu"  # where sessions compute
     tick: Callable[[], None] = lambda: None
+    gpus: int = 0  # that sessions compute on
 
     @classmethod
     def of_report(
@@ -70,12 +73,13 @@ class Trial:
         return cls(
             inputs, scratch, report.checkpoint.task, cores, report.workload, report.gates,
             evaluation.pooling, evaluation.meaning, evaluation.labelling, tokenizer, environments,
-            report.host.target.device_type,
+            report.host.target.device_type, gpus=report.host.target.gpus,
         )  # fmt: skip
 
     def open(self, name: str, kind: Kind, path: Path) -> Opened:
         """Open an artifact in a new worker. Raises WorkerError, and leaves no process behind then."""
-        worker = WorkerProcess(self.scratch / "logs" / f"{name}.log", self.environments.get(kind.toolchain))
+        log, environment = self.scratch / "logs" / f"{name}.log", self.environments.get(kind.toolchain)
+        worker = WorkerProcess(log, environment, self.gpus)
         try:
             took = worker.ask(
                 "open", limit=STEP_LIMIT, progress=self.tick, kind=kind, path=str(path), task=self.task,
@@ -85,7 +89,7 @@ class Trial:
         except BaseException:
             worker.close()
             raise
-        return Opened(worker, took["load"], took["first"], took["memory"])
+        return Opened(worker, took["load"], took["first"], took["memory"], worker.gpu_memory())
 
     def outputs(self, worker: WorkerProcess, batches: str, out: Path) -> tuple[list[Any], float]:
         """What is judged of every example in `batches`.npz, also written to `out`; and how far two runs of one batch

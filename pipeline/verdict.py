@@ -10,6 +10,7 @@ from typing import Any
 from optimize.pipeline.accuracy import Accuracy
 from optimize.pipeline.contract import Gates, Kind, Objective, Word
 from optimize.pipeline.errors import ExitCode
+from optimize.pipeline.gpus import GpuMemory
 from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.roofline import Roof
@@ -74,6 +75,9 @@ class Candidate:
     throughput: Throughput | None = None
     judged_memory: int | None = None  # bytes resident at most, what it was judged on included
     predicted_memory: int | None = None  # what the plan said of that
+    gpu_memory: GpuMemory | None = None  # held when every cell had been run
+    judged_gpu_memory: GpuMemory | None = None  # and when it had been judged
+    predicted_gpu_memory: int | None = None  # what the plan said of that, in bytes of each GPU
 
     @property
     def build_seconds(self) -> float:
@@ -164,13 +168,19 @@ def _passed(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [each for each in candidates if each.status == Status.PASSED and each.speed is not None]
 
 
-def _merit(candidate: Candidate, objective: Objective) -> float:
-    """Larger is better. Only for candidates that were measured."""
+def _merit(candidate: Candidate, objective: Objective) -> tuple[float, ...]:
+    """Larger is better, the first number before the next. Only for candidates that were measured."""
     assert candidate.speed is not None
     if objective is Objective.LATENCY:
-        return candidate.speed.overall.low
+        return (candidate.speed.overall.low,)
     if objective is Objective.THROUGHPUT:
         largest = max(candidate.speed.cells, key=lambda each: each.cell.tokens)
-        return largest.speedup.low
-    cost = candidate.peak_memory if objective is Objective.MEMORY else candidate.size
+        return (largest.speedup.low,)
+    if objective is Objective.SIZE:
+        return (_saved(candidate.size),)
+    held = candidate.gpu_memory  # on a processor nobody has any
+    return _saved(held.most if held else None), _saved(candidate.peak_memory)
+
+
+def _saved(cost: int | None) -> float:
     return -math.inf if cost is None else -float(cost)

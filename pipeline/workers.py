@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from optimize.pipeline.errors import WorkerError
+from optimize.pipeline.gpus import GpuMemory, GpuMeter
 from optimize.pipeline.toolchains import Environment, worker_environment
 from optimize.pipeline.worker import PROTOCOL
 
@@ -35,9 +36,13 @@ POLL_SECONDS = 0.2
 class WorkerProcess:
     """One child process with its log. Use as a context manager: leaving it ends the process."""
 
-    def __init__(self, log: Path, environment: Environment | None = None) -> None:
-        """Start it: in a toolchain's environment, or with this interpreter. Raises WorkerError if that is gone."""
+    def __init__(self, log: Path, environment: Environment | None = None, gpus: int = 0) -> None:
+        """Start it: in a toolchain's environment, or with this interpreter. Raises WorkerError if that is gone.
+
+        It computes on the first `gpus` of those that are visible.
+        """
         self.log = log
+        self._gpus = GpuMeter(gpus) if gpus else None
         self._scratch = log.with_suffix(".tmp")  # compilers and loaders leave files behind when they are killed
         self._scratch.mkdir(parents=True, exist_ok=True)
         python = environment.python if environment is not None else sys.executable
@@ -123,6 +128,10 @@ class WorkerProcess:
         if "error" in answer:
             raise WorkerError(answer["error"], hint=answer["hint"], kind=answer["kind"], log_tail=self.log_tail())
         return answer["result"]
+
+    def gpu_memory(self) -> GpuMemory | None:
+        """What it and all that it started hold of GPU memory now; None on a processor: see GpuMeter.read."""
+        return self._gpus.read(self.pid) if self._gpus else None
 
     def pause(self) -> None:
         """Stop the process, so that its spinning threads do not tax what is being timed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from optimize.models.tasks import TASKS
 from optimize.pipeline.contract import Checkpoint, Form, Recipe, Target
 from optimize.pipeline.errors import RequestError
+from optimize.pipeline.gpus import visible
 from optimize.pipeline.recipe import parse
 from optimize.targets import cpu
 
@@ -73,11 +73,8 @@ def devices() -> tuple[Device, ...]:
     import pynvml
 
     try:
-        pynvml.nvmlInit()
-        try:
-            found = tuple(_read(handle) for handle in _handles())
-        finally:
-            pynvml.nvmlShutdown()
+        with visible() as handles:
+            found = tuple(map(_read, handles))
     except pynvml.NVMLError as error:
         raise RequestError(
             f"this host has no NVIDIA GPU that its driver tells of ({error})",
@@ -86,26 +83,6 @@ def devices() -> tuple[Device, ...]:
     if not found:
         raise RequestError("CUDA_VISIBLE_DEVICES leaves none of this host's GPUs", hint="unset it, or name some")
     return found
-
-
-def _handles() -> list[Any]:
-    """By index, or by what an identifier begins with; CUDA leaves out all from the first that names none."""
-    import pynvml
-
-    every = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return every
-    chosen: list[Any] = []
-    for word in (each.strip() for each in visible.split(",")):
-        if word.isdigit():
-            named = every[int(word) : int(word) + 1]
-        else:
-            named = [each for each in every if word and pynvml.nvmlDeviceGetUUID(each).startswith(word)]
-        if len(named) != 1:
-            break
-        chosen += named
-    return chosen
 
 
 def _read(device: Any) -> Device:

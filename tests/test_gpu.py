@@ -1,7 +1,10 @@
 """The GPU target: what can be said of it without one, and with `-m gpu` what one does."""
 
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +23,7 @@ from optimize.pipeline.calls import call_of
 from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Dimensions, Form, Kind, Target
 from optimize.pipeline.driver import Request
 from optimize.pipeline.errors import ExitCode, RequestError
+from optimize.pipeline.gpus import GpuMemory, GpuMeter
 from optimize.pipeline.plan import make_plan
 from optimize.pipeline.toolchain_files import Toolchain
 from optimize.pipeline.toolchains import Toolchains
@@ -37,20 +41,30 @@ HERE = torch.cuda.is_available()
 
 def drive(
     monkeypatch: pytest.MonkeyPatch, *, count: int = 1, capability: tuple[int, int] = (9, 0), links: int = 0,
-    names: tuple[str, ...] = ("NVIDIA Example",),
-) -> None:  # fmt: skip
-    """Have a driver tell of so many GPUs, of those names in turn."""
+    names: tuple[str, ...] = ("NVIDIA Example",), processes: Mapping[int, Mapping[int, int | None]] = {},
+) -> SimpleNamespace:  # fmt: skip
+    """Have a driver tell of so many GPUs, of those names in turn, and of what `processes` hold: GPU -> pid -> bytes.
+
+    Returns the memory that each of them has; what is used of it may be changed.
+    """
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     memory = SimpleNamespace(total=24 << 30, used=1 << 30)
+
+    def computing(device: int) -> list[SimpleNamespace]:
+        held = processes.get(device, {})
+        return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in held.items()]
+
     answers: dict[str, Any] = {
         "nvmlInit": lambda: None, "nvmlShutdown": lambda: None, "nvmlDeviceGetCount": lambda: count,
         "nvmlDeviceGetHandleByIndex": lambda index: index, "nvmlDeviceGetUUID": lambda index: f"GPU-{index}{index}",
         "nvmlDeviceGetCudaComputeCapability": lambda _: capability,
         "nvmlDeviceGetName": lambda index: names[index % len(names)], "nvmlDeviceGetMemoryInfo": lambda _: memory,
         "nvmlSystemGetDriverVersion": lambda: "580.1", "nvmlDeviceGetNvLinkState": lambda _, link: int(link < links),
+        "nvmlDeviceGetComputeRunningProcesses": computing,
     }  # fmt: skip
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, name, answer)
+    return memory
 
 
 @pytest.mark.skipif(HERE, reason="here is a GPU")
@@ -98,6 +112,38 @@ def test_several_gpus_are_one_target_if_they_are_alike(monkeypatch: pytest.Monke
         drive(monkeypatch, count=count, names=names)
         with pytest.raises(RequestError, match=problem):
             multi_gpu.probe()
+
+
+def test_what_a_worker_holds_is_that_of_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        ours = {os.getpid(): 2 << 30, child.pid: 1 << 30, 1: 9 << 30}  # and what others hold
+        drive(monkeypatch, count=3, processes={0: {os.getpid(): 1 << 30}, 1: ours, 2: {child.pid: 8 << 30}})
+        assert GpuMeter(2).read(os.getpid()) == GpuMemory(3 << 30)  # the third is not of this target
+        child.kill()
+
+
+def test_where_no_process_is_named_the_growth_of_what_is_used_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for named in ({}, {1: 9 << 30}, {os.getpid(): None}):
+        memory = drive(monkeypatch, processes={0: named})
+        meter = GpuMeter(1)
+        assert meter.free == 23 << 30
+        memory.used = 5 << 30
+        assert meter.read(os.getpid()) == GpuMemory(4 << 30, by_process=False)
+        memory.used = 1 << 20  # somebody else has let go of more
+        assert meter.read(os.getpid()) is None
+
+
+def test_a_driver_that_tells_nothing_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    memory = drive(monkeypatch)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", refuse)
+    meter = GpuMeter(1)
+    memory.used = 2 << 30
+    assert meter.read(os.getpid()) == GpuMemory(1 << 30, by_process=False)
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+    assert meter.read(os.getpid()) is None and GpuMeter(1).free is None
 
 
 def test_a_plan_spreads_a_model_over_as_many_gpus_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +301,12 @@ def test_a_checkpoint_is_lowered_judged_and_emitted_on_a_gpu(tiny: Path, cli: Cl
     assert outcome.code == 0, outcome.output
     manifest = json.loads((tmp_path / "emitted" / "optimize.json").read_text())
     assert manifest["kind"] == "cuda-graphs" and manifest["report"]["host"]["target"]["gpus"] == 1
+    baseline, candidates = manifest["report"]["baseline"], manifest["report"]["candidates"]
+    for held, predicted in [
+        (baseline["gpu_memory"], baseline["predicted_gpu_memory"]),
+        *((each["judged_gpu_memory"], each["predicted_gpu_memory"]) for each in candidates),
+    ]:
+        assert 1 << 20 < held["most"] <= predicted, outcome.output
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 
 from optimize.pipeline.contract import Cell, Gates, Kind, Objective
 from optimize.pipeline.errors import ExitCode
+from optimize.pipeline.gpus import GpuMemory
 from optimize.pipeline.measure import CellSpeed, Speed
 from optimize.pipeline.noise import Noise
 from optimize.pipeline.statistics import Interval
@@ -144,6 +145,15 @@ def test_the_objective_chooses_among_those_that_passed(objective: Objective, nam
     winner, code = choose([*better, *FOUR], objective)
     assert winner is not None
     assert (winner.name, code) == (name, ExitCode.EMITTED)
+
+
+def test_on_a_gpu_its_memory_comes_before_the_hosts() -> None:
+    small, large = GpuMemory(2 << 30), GpuMemory(3 << 30, by_process=False)
+    held = dict(zip(("quick", "wide", "lean", "small"), (small, small, large, None), strict=True))
+    found = [dataclasses.replace(each, gpu_memory=held[each.name]) for each in FOUR]
+    winner, _ = choose(found, Objective.MEMORY)
+    assert winner is not None and winner.name == "wide"  # less of the host than quick; small was not measured
+    assert pareto(found) == {"quick", "wide", "lean", "small"}
 
 
 def test_the_pareto_set_leaves_out_only_what_another_one_beats() -> None:
