@@ -62,10 +62,14 @@ class ToolchainError(OptimizeError):
 class WorkerError(OptimizeError):
     """A worker process died, hung past its limit, or answered with an error."""
 
-    def __init__(self, message: str, *, hint: str | None = None, kind: str = "error", log_tail: str = "") -> None:
+    def __init__(
+        self, message: str, *, hint: str | None = None, kind: str = "error", log_tail: str = "", worker: str = ""
+    ) -> None:
         super().__init__(message, hint=hint)
-        self.kind = kind  # "error" (it answered with one), "refused" (in words of its own), "died" or "timeout"
+        # "error" (it answered with one), "refused" (in words of its own), "memory" (a GPU's ran out), "died", "timeout"
+        self.kind = kind
         self.log_tail = log_tail
+        self.worker = worker  # whose it is: the name of its log
 
 
 class HostError(OptimizeError):

@@ -8,12 +8,21 @@ Source: https://docs.nvidia.com/deploy/nvml-api
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from optimize.pipeline.resident import with_children
+
+# what torch, CUDA's libraries, ONNX Runtime, TensorRT and vLLM say where a GPU's memory runs out
+_RAN_OUT = re.compile(
+    r"\b(CUDA|HIP)\b.{0,40}out of memory|\bOutOfMemory(Error)?\b|CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation"
+    r"|No available memory for the cache blocks|larger than the available KV cache memory"
+    r"|Free memory on device .{0,80}is less than desired GPU memory utilization"
+)
+_TRIED, _FREE = re.compile(r"Tried to allocate ([\d.]+ \w+)"), re.compile(r"of which ([\d.]+ \w+) is free")
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,15 @@ class GpuMeter:
             found = map(pynvml.nvmlDeviceGetComputeRunningProcesses, devices[: self._gpus])
             return [[(int(each.pid), int(each.usedGpuMemory or 0)) for each in processes] for processes in found]
         return []
+
+
+def ran_out(text: str) -> str | None:
+    """What an error's text says of GPU memory that ran out, in few words, or in none; None where it is about others."""
+    if _RAN_OUT.search(text) is None:
+        return None
+    tried, free = _TRIED.search(text), _FREE.search(text)
+    words = [f"{tried[1]} were to be allocated"] if tried else []
+    return ", ".join([*words, *([f"{free[1]} were free"] if free else [])])
 
 
 @contextmanager

@@ -115,6 +115,8 @@ def unusable(message: str, error: Exception, hint: str) -> OptimizeError:
     cause = error if isinstance(error, WorkerError) else error.__cause__
     if isinstance(cause, WorkerError) and cause.kind == "refused":
         return RequestError(cause.message, hint=cause.hint)
+    if isinstance(cause, WorkerError) and cause.kind == "memory":
+        return RequestError(f"{message}: {cause.message}", hint=cause.hint)
     if isinstance(cause, WorkerError) and cause.kind != "error":
         return OptimizeError(cause.message, hint="run the same command again")
     return RequestError(f"{message}: {getattr(error, 'message', error)}", hint=hint)

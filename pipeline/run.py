@@ -36,7 +36,7 @@ from optimize.pipeline.prepare import Texts, Unchanged, encode_text, find_peaks,
 from optimize.pipeline.progress import Progress
 from optimize.pipeline.roofline import Peaks, Roof, Work, roofs
 from optimize.pipeline.store import Entry, Store
-from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Opened, Trial, problem_text
+from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Opened, Trial, problem_text, with_estimate
 from optimize.pipeline.verdict import Candidate, Status, StepReport, Throughput, choose, judge_speed, why_not_recover
 from optimize.pipeline.workers import WorkerProcess, running
 
@@ -160,7 +160,8 @@ class Run:
         except (WorkerError, PassError, ValueError) as error:
             self._unchanged.check()
             message = f"{checkpoint.model_id}: its float32 reference does not run, so nothing can be judged"
-            raise unusable(message, error, f"see the logs in {self.folder / 'logs'}") from error
+            told = with_estimate(error, self.plan.reference_gpu) if isinstance(error, WorkerError) else error
+            raise unusable(message, told, f"see the logs in {self.folder / 'logs'}") from error
 
     def _build_all(self) -> None:
         for planned in self.plan.recipes:
@@ -212,8 +213,14 @@ class Run:
 
     def _open_baseline(self, workers: ExitStack) -> Opened:
         """Paused; it ends with `workers`."""
-        with self._phase("measure"):
-            opened = self.trial.open("baseline", Kind.CHECKPOINT, self.plan.checkpoint.folder)
+        try:
+            with self._phase("measure"):
+                opened = self.trial.open("baseline", Kind.CHECKPOINT, self.plan.checkpoint.folder)
+        except WorkerError as error:
+            if error.kind != "memory":
+                raise
+            message = f"{self.plan.checkpoint.model_id}: its eager model does not run, so nothing can be timed"
+            raise unusable(message, with_estimate(error, self.plan.baseline_gpu), "") from error
         workers.enter_context(opened.worker)
         opened.worker.pause()
         return opened
@@ -296,8 +303,11 @@ class Run:
             if not baseline.alive:
                 raise OptimizeError(f"the baseline: {error}", hint="run the same command again") from error
             candidate.status = Status.BROKEN if isinstance(error, WorkerError) else Status.INACCURATE
-            candidate.reason = str(error).splitlines()[0]
-            self.progress.problem(candidate.name, problem_text(error))
+            told = (
+                with_estimate(error, candidate.predicted_gpu_memory or 0) if isinstance(error, WorkerError) else error
+            )
+            candidate.reason = _reason(told, baseline)
+            self.progress.problem(candidate.name, problem_text(told))
             if isinstance(error, WorkerError) and error.kind == "refused":
                 self._elsewhere.add(candidate.name)
                 self.progress.note(f"{candidate.name}: what was built for another host is kept: {artifact.path}")
@@ -365,6 +375,16 @@ class Run:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+
+def _reason(error: WorkerError | ValueError, baseline: WorkerProcess) -> str:
+    """Why a candidate is broken, in one line."""
+    reason = str(error).splitlines()[0]
+    if not isinstance(error, WorkerError):
+        return reason
+    if error.kind == "memory":
+        reason = f"{error.message}; {error.hint}"
+    return f"the baseline, beside it: {reason}" if error.worker == baseline.name else reason
 
 
 def new_run_folder(cache: Path) -> Path:

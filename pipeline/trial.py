@@ -17,6 +17,7 @@ from optimize.pipeline.errors import OutputError, WorkerError
 from optimize.pipeline.gpus import GpuMemory
 from optimize.pipeline.language import IDS, LanguageAccuracy, compare_language, why_language_rejected
 from optimize.pipeline.manifest import Report
+from optimize.pipeline.memory import gib
 from optimize.pipeline.metrics import task_metrics
 from optimize.pipeline.questions import question_metrics
 from optimize.pipeline.tokens import TokenAccuracy, compare_tokens, why_tokens_rejected
@@ -84,7 +85,7 @@ class Trial:
             took = worker.ask(
                 "open", limit=STEP_LIMIT, progress=self.tick, kind=kind, path=str(path), task=self.task,
                 cores=self.cores, cells=str(self.inputs / f"{CELLS}.npz"), tokenizer=str(self.tokenizer),
-                device=self.device,
+                device=self.device, names=list(map(str, self.workload)),
             )  # fmt: skip
         except BaseException:
             worker.close()
@@ -168,7 +169,15 @@ class Trial:
         return next(iter(found), None)
 
 
+def with_estimate(error: WorkerError, estimate: int) -> WorkerError:
+    """An error; where a GPU's memory ran out, with the bytes that the plan had estimated for that worker."""
+    if error.kind != "memory" or not estimate:
+        return error
+    message = f"{error.message}; the plan had estimated {gib(estimate)} GiB"
+    return WorkerError(message, hint=error.hint, kind=error.kind, log_tail=error.log_tail, worker=error.worker)
+
+
 def problem_text(error: WorkerError | ValueError) -> str:
     """An error with the tail of its worker's log, but for one in words of its own."""
-    tail = error.log_tail if isinstance(error, WorkerError) and error.kind != "refused" else ""
+    tail = error.log_tail if isinstance(error, WorkerError) and error.kind not in ("refused", "memory") else ""
     return f"{error}\n{tail}".rstrip()

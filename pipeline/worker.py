@@ -26,12 +26,14 @@ from optimize.pipeline.batches import NEW, UNTIMED, judged_positions
 from optimize.pipeline.calls import Call, call_of
 from optimize.pipeline.contract import Artifact, Cell, Context, Kind, Target
 from optimize.pipeline.errors import OptimizeError
+from optimize.pipeline.gpus import ran_out
 from optimize.pipeline.resident import let_go, peak_memory, reset_peak_memory
 
 PROTOCOL = 1  # of requests and answers; the parent names the one that it speaks
 PR_SET_PDEATHSIG = 1
 MAX_BATCH, MAX_CALL = 256, 1.0  # of a sweep: rows, seconds
 MAX_GENERATION = 8.0  # seconds of a generation in a sweep
+DOING = dict.fromkeys(("evaluate", "score", "guess", "write_on"), "while it was judged")  # operations, for errors
 GAIN = 1.05  # what a larger batch must bring for the sweep to go on
 
 
@@ -41,6 +43,8 @@ class Worker:
     def __init__(self) -> None:
         self._session: Any = None  # a Session or a Generator
         self._cells: list[Call] = []
+        self._names: Sequence[str] = ()  # of the cells
+        self.doing = ""  # for an error: when it came
 
     def prepare(
         self,
@@ -90,23 +94,39 @@ class Worker:
         return {"seconds": time.perf_counter() - start, "peak_memory": peak_memory(), "facts": facts}
 
     def open(
-        self, kind: str, path: str, task: str, cores: int, cells: str, tokenizer: str, device: str = "cpu"
+        self,
+        kind: str,
+        path: str,
+        task: str,
+        cores: int,
+        cells: str,
+        tokenizer: str,
+        device: str = "cpu",
+        names: Sequence[str] = (),
     ) -> dict[str, float]:
-        """Open an artifact and run every cell once: seconds of opening and of the first call, most bytes resident."""
+        """Open an artifact and run every cell once: seconds of opening and of the first call, most bytes resident.
+
+        `names` are those of the cells, for errors.
+        """
         from optimize.pipeline.batches import load_batches
         from optimize.targets.runtimes import open_session
 
         batches = [batch for batch in load_batches(Path(cells)) if UNTIMED not in batch]
+        self._names, self.doing = names, "while it was loaded"
         reset_peak_memory()
         start = time.perf_counter()
         self._session = open_session(Kind(kind), Path(path), task, cores, Path(tokenizer), device)
         loaded = time.perf_counter()
         self._cells = [call_of(self._session, batch) for batch in batches]
-        self._cells[0].run()
+        self._cell(0).run()
         first = time.perf_counter()
-        for cell in self._cells[1:]:  # so that peak memory is that of the whole workload
-            cell.run()
+        for index in range(1, len(self._cells)):  # so that peak memory is that of the whole workload
+            self._cell(index).run()
         return {"load": loaded - start, "first": first - loaded, "memory": peak_memory()}
+
+    def _cell(self, index: int) -> Call:
+        self.doing = f"at cell {self._names[index]}" if self._names else f"at cell {index + 1}"
+        return self._cells[index]
 
     def memory(self) -> int:
         """Most bytes resident since the artifact was opened."""
@@ -150,7 +170,7 @@ class Worker:
         """The throughput of growing batches of the longest cell's rows, until it grows no more: the best of them.
 
         Of a language model, tokens that are generated, after the shortest prompt; an image counts as one token. No
-        batch is begun after `within` seconds.
+        batch is begun after `within` seconds, and none that is larger than one that a GPU's memory is too small for.
         """
         import numpy as np
 
@@ -163,10 +183,15 @@ class Worker:
         begun = time.perf_counter()
         while batch <= MAX_BATCH and idle < 2 and seconds < longest and time.perf_counter() - begun < within:
             rows = {name: np.resize(array, (batch, *array.shape[1:])) for name, array in cell.items() if array.ndim > 1}
-            call, calls = call_of(self._session, {**cell, **rows}), []
-            for _ in range(3):  # the first warms up
-                call.renew()
-                calls.append(call.timed()[0])
+            try:
+                call, calls = call_of(self._session, {**cell, **rows}), []
+                for _ in range(3):  # the first warms up
+                    call.renew()
+                    calls.append(call.timed()[0])
+            except Exception as error:
+                if batch == 1 or ran_out(_text(error)) is None:
+                    raise
+                break
             seconds = min(calls[1:])
             rate = batch * tokens / seconds
             idle = idle + 1 if rate < best["tokens_per_second"] * GAIN else 0
@@ -230,7 +255,7 @@ class Worker:
 
         One forward pass has one phase. A generation has three: all of it, up to the first token, and the rest.
         """
-        call, clock = self._cells[cell], time.perf_counter
+        call, clock = self._cell(cell), time.perf_counter
         call.warm()
         samples: list[tuple[float, ...]] = []
         gc.disable()
@@ -264,6 +289,10 @@ def _problems(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> list[str]
     return found
 
 
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def serve(requests: Any, answers: Any, operations: Worker) -> None:
     """Answer requests until the input ends."""
     for line in requests:
@@ -275,13 +304,14 @@ def serve(requests: Any, answers: Any, operations: Worker) -> None:
                     hint="optimize was changed while it ran: run the same command again",
                 )
             operation: Callable[..., Any] = getattr(operations, request["operation"])
+            operations.doing = DOING.get(request["operation"], f"during {request['operation']}")
             answer = json.dumps({"result": operation(**request["arguments"])})
         except OptimizeError as error:
             traceback.print_exc()
             answer = json.dumps({"error": error.message, "hint": error.hint, "kind": "refused"})
         except Exception as error:
             traceback.print_exc()
-            answer = json.dumps({"error": f"{type(error).__name__}: {error}", "hint": None, "kind": "error"})
+            answer = json.dumps({"error": _text(error), "hint": None, "kind": "error", "doing": operations.doing})
         sys.stdout.flush()
         sys.stderr.flush()
         answers.write(answer + "\n")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from optimize.pipeline.errors import WorkerError
-from optimize.pipeline.gpus import GpuMemory, GpuMeter
+from optimize.pipeline.gpus import GpuMemory, GpuMeter, ran_out
+from optimize.pipeline.memory import GIB
 from optimize.pipeline.toolchains import Environment, worker_environment
 from optimize.pipeline.worker import PROTOCOL
 
@@ -31,6 +33,8 @@ from optimize.pipeline.worker import PROTOCOL
 GUARD = 'read -r _; kill -s KILL -- "-$0"'
 LOG_TAIL = 12  # lines shown of a failed worker's log
 POLL_SECONDS = 0.2
+ELSEWHERE = re.compile("root cause|background process|died")  # an error that another process's text in the log explains
+ROOM = "what would help: a smaller --workload, nothing else on the GPU (see nvidia-smi), or other recipes (--recipe)"
 
 
 class WorkerProcess:
@@ -41,7 +45,7 @@ class WorkerProcess:
 
         It computes on the first `gpus` of those that are visible.
         """
-        self.log = log
+        self.log, self.name = log, log.stem
         self._gpus = GpuMeter(gpus) if gpus else None
         self._scratch = log.with_suffix(".tmp")  # compilers and loaders leave files behind when they are killed
         self._scratch.mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,8 @@ class WorkerProcess:
         except OSError as error:
             os.close(read_end)
             if not Path(python).exists():  # a toolchain that was removed meanwhile
-                raise WorkerError(f"the worker's interpreter {python} is gone", kind="died") from error
+                message = f"the worker's interpreter {python} is gone"
+                raise WorkerError(message, kind="died", worker=self.name) from error
             raise
         finally:
             os.close(write_end)
@@ -100,11 +105,12 @@ class WorkerProcess:
         """
         assert self._process.stdin is not None
         request = json.dumps({"protocol": PROTOCOL, "operation": operation, "arguments": arguments})
+        logged = self.log.stat().st_size if self.log.exists() else 0
         try:
             self._process.stdin.write(request.encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise self._death(operation) from None
+            raise self._death(operation, logged) from None
         deadline = time.monotonic() + limit
         with selectors.DefaultSelector() as selector:
             selector.register(self._answers, selectors.EVENT_READ)
@@ -113,7 +119,7 @@ class WorkerProcess:
                     self.kill()
                     raise WorkerError(
                         f"{operation} took longer than its limit of {limit:.0f} s and was stopped",
-                        kind="timeout", log_tail=self.log_tail(),
+                        kind="timeout", log_tail=self.log_tail(), worker=self.name,
                     )  # fmt: skip
                 progress()
                 ended = not self.alive  # before the look at the pipe, which children of the dead may hold open
@@ -122,11 +128,11 @@ class WorkerProcess:
                     ended = not data
                     self._received += data
                 if ended and b"\n" not in self._received:
-                    raise self._death(operation)
+                    raise self._death(operation, logged)
         line, self._received = self._received.split(b"\n", 1)
         answer = json.loads(line)
         if "error" in answer:
-            raise WorkerError(answer["error"], hint=answer["hint"], kind=answer["kind"], log_tail=self.log_tail())
+            raise self._failure(answer, logged)
         return answer["result"]
 
     def gpu_memory(self) -> GpuMemory | None:
@@ -173,19 +179,45 @@ class WorkerProcess:
         with suppress(ProcessLookupError, PermissionError):  # it has ended
             os.killpg(self._process.pid, number)
 
-    def _death(self, operation: str) -> WorkerError:
+    def _failure(self, answer: dict[str, Any], logged: int) -> WorkerError:
+        """What was answered with an error; the log from `logged` on belongs to it."""
+        text, kind = answer["error"], answer["kind"]
+        if kind == "error":
+            said = self._logged_since(logged) if ELSEWHERE.search(text) else text
+            if (words := ran_out(said)) is not None:
+                return self._out_of_memory(answer["doing"], words)
+        return WorkerError(text, hint=answer["hint"], kind=kind, log_tail=self.log_tail(), worker=self.name)
+
+    def _out_of_memory(self, doing: str, words: str) -> WorkerError:
+        free = self._gpus.free if self._gpus else None
+        begun = "" if free is None else f"; {free / GIB:.1f} GiB were free before it was opened"
+        words = f": {words}" if words else ""
+        return WorkerError(
+            f"out of GPU memory {doing}{words}{begun}", hint=ROOM, kind="memory", log_tail=self.log_tail(),
+            worker=self.name,
+        )  # fmt: skip
+
+    def _logged_since(self, size: int) -> str:
+        with self.log.open("rb") as log:
+            log.seek(size)
+            return log.read().decode(errors="replace")
+
+    def _death(self, operation: str, logged: int) -> WorkerError:
         try:
             code = self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             code = None
         self.kill()
+        if self.log.exists() and (words := ran_out(self._logged_since(logged))) is not None:
+            return self._out_of_memory(f"during {operation}, of which it died", words)
         if code is not None and code < 0:
             reason = f"was killed by {signal.Signals(-code).name}"
             if code == -signal.SIGKILL:
                 reason += " (the kernel does this when memory runs out)"
         else:
             reason = f"ended with exit code {code}"
-        return WorkerError(f"the worker {reason} during {operation}", kind="died", log_tail=self.log_tail())
+        message = f"the worker {reason} during {operation}"
+        return WorkerError(message, kind="died", log_tail=self.log_tail(), worker=self.name)
 
 
 @contextmanager

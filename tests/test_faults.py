@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -49,6 +50,37 @@ class Fault(Base):
 """
 
 
+# in every worker, before anything else runs there: the eager model is short of a GPU's memory where CONDITION says so
+RUNS_OUT = """
+import sys
+
+if "optimize.pipeline.worker" in sys.orig_argv:
+    import torch
+    from optimize.targets.runtimes.eager import EagerSession as Eager
+
+    def run(self, batch, run=Eager.run):
+        if CONDITION:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which "
+                "3.25 GiB is free. Including non-PyTorch memory, this process has 75.9 GiB memory in use."
+            )
+        return run(self, batch)
+
+    Eager.run = run
+"""
+
+
+@pytest.fixture
+def run_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have workers run out of a GPU's memory where a condition on `self` and `batch` holds."""
+
+    def when(condition: str) -> None:
+        (tmp_path / "sitecustomize.py").write_text(RUNS_OUT.replace("CONDITION", condition))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return when
+
+
 def test_failing_steps_are_named_and_cost_only_themselves(
     tiny: Path, cli: Cli, third_party: Install, tmp_path: Path
 ) -> None:
@@ -70,6 +102,33 @@ def test_failing_steps_are_named_and_cost_only_themselves(
         "last_hidden_state has", "NaN or infinite",
     ):  # fmt: skip
         assert words in outcome.output
+
+
+def test_a_gpu_that_runs_out_of_memory_costs_one_candidate(
+    tiny: Path, cli: Cli, run_out: Callable[[str], None], tmp_path: Path
+) -> None:
+    run_out("self.model.dtype is torch.bfloat16 and batch['input_ids'].shape == (2, 16)")
+    recipes = ("--recipe", "cast-dtype", "--recipe", "checkpoint")
+    outcome = cli(tiny, *recipes, *QUICK, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.output
+    assert outcome.report is not None
+    broken, passed = outcome.report["candidates"]
+    assert (broken["status"], passed["status"]) == ("broken", "passed")
+    assert broken["reason"] == (
+        "out of GPU memory at cell 2x16: 20.00 GiB were to be allocated, 3.25 GiB were free; what would help: "
+        "a smaller --workload, nothing else on the GPU (see nvidia-smi), or other recipes (--recipe)"
+    )
+    assert "Traceback" not in outcome.output
+
+
+def test_a_reference_that_a_gpu_is_too_small_for_is_refused(
+    tiny: Path, cli: Cli, run_out: Callable[[str], None]
+) -> None:
+    run_out("len(batch['input_ids']) == 8")  # of the text
+    outcome = cli(tiny, "--recipe", "checkpoint", *QUICK)
+    assert outcome.code == 2, outcome.output
+    assert "so nothing can be judged: out of GPU memory while it was judged: 20.00 GiB" in outcome.output
+    assert "a smaller --workload" in outcome.output and "Traceback" not in outcome.output
 
 
 def test_nothing_built_exits_with_3_and_repeat_shows_the_failure(

@@ -35,6 +35,21 @@ from tests.conftest import QUICK, Cli, MakeCheckpoint
 TASK = "feature-extraction"
 TEXTS = ("Yes.", "A text of some more words than that.", "One, two, three, four, five, six, seven.")
 DTYPES = ("float32", "float16", "bfloat16")
+# in every worker: a model in bfloat16 is left with so little of the GPU that only small batches fit
+SHORT = """
+import sys
+
+if "optimize.pipeline.worker" in sys.orig_argv:
+    import torch
+    from optimize.targets.runtimes.eager import EagerSession as Eager
+
+    def opened(self, model, device="cpu", init=Eager.__init__):
+        init(self, model, device)
+        if model.dtype is torch.bfloat16:
+            torch.cuda.set_per_process_memory_fraction((96 << 20) / torch.cuda.get_device_properties(0).total_memory)
+
+    Eager.__init__ = opened
+"""
 H100 = Target("gpu", "NVIDIA H100", "9.0", (), DTYPES, 16, 128 << 30, 1, 80 << 30, "580.159.04")
 HERE = torch.cuda.is_available()
 
@@ -307,6 +322,30 @@ def test_a_checkpoint_is_lowered_judged_and_emitted_on_a_gpu(tiny: Path, cli: Cl
         *((each["judged_gpu_memory"], each["predicted_gpu_memory"]) for each in candidates),
     ]:
         assert 1 << 20 < held["most"] <= predicted, outcome.output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HERE, reason="here is no GPU")
+def test_a_candidate_that_runs_out_of_gpu_memory_is_broken_and_the_others_go_on(
+    tiny: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SHORT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    asked = ("--recipe", "cast-dtype", "--recipe", "checkpoint", *QUICK, "--workload", "1x8,2000x128")
+    outcome = cli(tiny, "--target", "gpu", *asked, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.output
+    assert outcome.report is not None
+    broken, passed = outcome.report["candidates"]
+    assert (broken["status"], passed["status"]) == ("broken", "passed"), outcome.output
+    assert broken["reason"].startswith("out of GPU memory at cell 2000x128: "), broken["reason"]
+    for words in (
+        "were to be allocated",
+        "free before it was opened",
+        "the plan had estimated",
+        "a smaller --workload",
+    ):
+        assert words in broken["reason"]
+    assert "Traceback" not in outcome.output
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,24 @@ class Misbehave(Base):
             time.sleep(600)
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def runs_out(self, out):
+        raise OutOfMemoryError(RAN_OUT)
+
+    def finds_no_room(self, out):
+        raise ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`.")
+
+    def starts_what_runs_out(self, out):
+        subprocess.run(["echo", RAN_OUT], check=True)
+        raise RuntimeError("initialization failed due to an exception in a background process. See root cause above.")
+
+    def runs_out_and_dies(self, out):
+        print(RAN_OUT, flush=True)
+        os.abort()
+
+    def recovers_and_fails(self, out):
+        print(RAN_OUT)
+        raise ValueError("something else")
+
     def reads_its_input(self, out):
         return {"read": sys.stdin.readline()}
 
@@ -96,6 +114,14 @@ class Misbehave(Base):
 
 def context_free():
     return 1
+
+class OutOfMemoryError(RuntimeError):
+    """As torch has it."""
+
+RAN_OUT = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which 3.25 GiB is "
+    "free. Including non-PyTorch memory, this process has 75.9 GiB memory in use."
+)
 '''
 
 
@@ -213,6 +239,26 @@ def test_the_hint_of_a_request_error_comes_through(worker: WorkerProcess) -> Non
     with pytest.raises(WorkerError, match="unknown pass 'melt'") as raised:
         worker.ask("build", limit=LIMIT, step="melt", **arguments)
     assert str(raised.value.hint).startswith("passes: ")
+
+
+def test_a_gpus_memory_that_runs_out_is_told_in_words(build: Build, worker: WorkerProcess) -> None:
+    how_much = "out of GPU memory during build: 20.00 GiB were to be allocated, 3.25 GiB were free"
+    for how, message in (
+        ("runs_out", how_much),
+        ("finds_no_room", "out of GPU memory during build"),
+        ("starts_what_runs_out", how_much),
+        ("runs_out_and_dies", how_much.replace("build:", "build, of which it died:")),
+    ):
+        with pytest.raises(WorkerError) as raised:
+            build(how)
+        assert (raised.value.message, raised.value.kind, raised.value.worker) == (message, "memory", "worker")
+        assert "--workload" in str(raised.value.hint) and "--recipe" in str(raised.value.hint)
+    assert not worker.alive
+
+
+def test_what_recovered_is_not_blamed(build: Build) -> None:
+    with pytest.raises(WorkerError, match="ValueError: something else"):
+        build("recovers_and_fails")
 
 
 @pytest.mark.parametrize(
