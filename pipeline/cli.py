@@ -92,7 +92,7 @@ def compile_command(dry_run: bool, json_file: Path | None, verbose: bool, **opti
         if dry_run:
             console.print(planned.plan.describe(planned.store), markup=False, highlight=False, soft_wrap=True)
             return ExitCode.EMITTED
-        report = planned.run(Live(console) if console.is_terminal and not verbose else Lines(console))
+        report = planned.run(Live(console) if console.is_terminal and not verbose else Lines(console), json_file)
     from optimize.pipeline.report import print_report
 
     print_report(console, report, planned.out)

@@ -137,8 +137,11 @@ class Planned:
     out: Path
     objective: Objective
 
-    def run(self, progress: Progress) -> Report:
-        """Run the plan. Raises OptimizeError when the run itself cannot go on; see Report.exit_code otherwise."""
+    def run(self, progress: Progress, json_file: Path | None = None) -> Report:
+        """Run the plan. Raises OptimizeError when the run itself cannot go on; see Report.exit_code otherwise.
+
+        Of a run that is broken off after candidates were tried, an unfinished report is written to `json_file`.
+        """
         try:
             folder = new_run_folder(self.cache)
             lock = FileLock(folder / LIVE, timeout=0)
@@ -148,7 +151,10 @@ class Planned:
             ) from None
         try:
             with lock:  # for as long as the run lives, however it ends: `prune` looks at it
-                return Run(self.plan, self.texts, self.store, folder, progress, self.objective).execute(self.out)
+                run = Run(
+                    self.plan, self.texts, self.store, folder, progress, self.objective, json_file=json_file
+                )  # fmt: skip
+                return run.execute(self.out)
         except (OSError, OptimizeError) as error:
             if folder.exists():
                 raise

@@ -192,13 +192,16 @@ def _read(folder: Path) -> tuple[Report, Path]:
 def _candidate(report: Report, name: str | None) -> Candidate:
     known = {each.name: each for each in report.candidates}
     if name is not None:
+        if name in report.left_out:
+            raise RequestError(f"{name} was left out: {report.left_out[name]}", hint=f"candidates: {', '.join(known)}")
         if name not in known:
             raise RequestError(f"there is no candidate {name!r}", hint=f"candidates: {', '.join(known)}")
         return known[name]
     rejected = [each for each in report.candidates if each.status in (Status.INACCURATE, Status.BROKEN)]
     if not rejected:
+        until = f", which did not come to its end ({report.unfinished})" if report.unfinished else ""
         raise RequestError(
-            "no candidate of this run was rejected for its outputs",
+            f"no candidate of this run{until} was rejected for its outputs",
             hint=f"name one with --candidate: {', '.join(known)}",
         )
     return rejected[0]

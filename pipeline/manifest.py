@@ -110,7 +110,10 @@ class Host:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of a run: what `--json` writes. `emitted` names the candidate in the emitted folder."""
+    """The outcome of a run: what `--json` writes. `emitted` names the candidate in the emitted folder.
+
+    Of a run that was broken off it has what was tried until then: see `unfinished`.
+    """
 
     schema_version: str
     created: str  # ISO 8601, UTC
@@ -129,6 +132,7 @@ class Report:
     peaks: Peaks | None = None  # what the host was seen to reach at most
     work: tuple[Work, ...] = ()  # what each cell cannot do without
     reference: Reference | None = None
+    unfinished: str | None = None  # why the run did not come to its end; left_out then names what was not tried, too
 
 
 @dataclass(frozen=True)
@@ -175,8 +179,22 @@ def to_json(value: Report | Manifest) -> str:
     return adapter(type(value)).dump_json(value, indent=1).decode() + "\n"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, whenever this process is killed."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of an emitted folder. Raises ArtifactError if there is none, or it is not a valid one."""
+    if not (folder / FILE).exists() and (folder / REPORT).exists():
+        unfinished = read_report(folder).unfinished
+        raise ArtifactError(
+            f"{folder} is a run's folder, not an emitted one"
+            + (f"; that run did not come to its end: {unfinished}" if unfinished else ""),
+            hint="run the same optimize command again, and name its --out" if unfinished else "name the run's --out",
+        )
     manifest: Manifest = _read(folder / FILE, Manifest)
     return manifest
 

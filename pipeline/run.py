@@ -9,7 +9,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from optimize.pipeline.build import Builder
 from optimize.pipeline.contract import Artifact, Kind, Objective
 from optimize.pipeline.emit import emit
-from optimize.pipeline.errors import OptimizeError, PassError, WorkerError
+from optimize.pipeline.errors import ExitCode, OptimizeError, PassError, WorkerError
 from optimize.pipeline.manifest import (
     REPORT,
     SCHEMA_VERSION,
@@ -28,6 +28,7 @@ from optimize.pipeline.manifest import (
     host_of,
     source_of,
     to_json,
+    write_whole,
 )  # fmt: skip
 from optimize.pipeline.measure import compare
 from optimize.pipeline.memory import DRIVER, FRAMEWORKS
@@ -45,6 +46,7 @@ BY_GROWTH = (
     "the driver names no process of ours, as in a container: told is by how much the used memory of the GPU has grown, "
     "which is right as long as others take and give nothing back there"
 )
+GOING_ON = "the run was going on when this was written, or was killed"
 SWEEP = 0.25  # of a candidate's share of the budget: how long looking for its highest throughput may go on
 
 
@@ -69,6 +71,8 @@ class Run:
     samples: dict[str, Any] = field(default_factory=dict)  # raw seconds by candidate: see measure.Samples
     peaks: Peaks | None = None
     work: tuple[Work, ...] = ()  # of the cells
+    json_file: Path | None = None  # where the report of a run that is broken off is written, too
+    _tried: set[str] = field(default_factory=set)  # candidates that were tried to the end
 
     def __post_init__(self) -> None:
         plan = self.plan
@@ -82,8 +86,25 @@ class Run:
     def execute(self, out: Path) -> Report:
         """Do all of it, and emit the winner into `out` if there is one.
 
-        Raises RequestError when the checkpoint itself cannot be used; what fails later is in the report.
+        Raises RequestError when the checkpoint itself cannot be used; what fails later is in the report. What breaks
+        the run off leaves a report of the candidates that were tried until then.
         """
+        try:
+            winner, code = self._run(out)
+        except BaseException as error:
+            self._broken_off(error)
+            raise
+        report = self._report(winner, code)
+        write_whole(self.folder / REPORT, to_json(report))
+        wrong = [each.name for each in self.candidates if each.status in (Status.INACCURATE, Status.BROKEN)]
+        rejected = [name for name in wrong if name not in self._elsewhere]
+        if rejected:
+            command = f"optimize explain {shlex.quote(str(self.folder))} --candidate {shlex.quote(rejected[0])}"
+            self.progress.note(f"where outputs leave the reference: {command}")
+        return report
+
+    def _run(self, out: Path) -> tuple[Candidate | None, int]:
+        """The winner and the exit code."""
         self.progress.planned(self.plan, self.store)
         (self.folder / "plan.txt").write_text(self.plan.describe(self.store) + "\n")
         with ExitStack() as workers:
@@ -102,14 +123,23 @@ class Run:
             self._unchanged.check()
             with self._phase("emit"):
                 emit(self._report(winner, code), winner, self.artifacts[winner.name], self.folder, self.trial, out)
-        report = self._report(winner, code)
-        (self.folder / REPORT).write_text(to_json(report))
-        wrong = [each.name for each in self.candidates if each.status in (Status.INACCURATE, Status.BROKEN)]
-        rejected = [name for name in wrong if name not in self._elsewhere]
-        if rejected:
-            command = f"optimize explain {shlex.quote(str(self.folder))} --candidate {shlex.quote(rejected[0])}"
-            self.progress.note(f"where outputs leave the reference: {command}")
-        return report
+        return winner, code
+
+    def _broken_off(self, error: BaseException) -> None:
+        """Leave what was found out until then. Whatever goes wrong here must not hide the error."""
+        if not self._tried:
+            return
+        why, code = f"{type(error).__name__}: {error}", ExitCode.BUG
+        if isinstance(error, KeyboardInterrupt):
+            why, code = "interrupted", ExitCode.INTERRUPTED
+        elif isinstance(error, OptimizeError):
+            why, code = error.message, error.exit_code
+        with suppress(OSError):
+            text = to_json(self._report(None, code, unfinished=why))
+            write_whole(self.folder / REPORT, text)
+            self.progress.note(f"what was found out until then: {self.folder / REPORT}")
+            if self.json_file is not None:
+                self.json_file.write_text(text)
 
     @property
     def trial(self) -> Trial:
@@ -204,6 +234,7 @@ class Run:
         self._unchanged.check()
         if opened is None or not opened.worker.alive:  # nothing has been timed against it yet
             opened = self._open_baseline(workers)
+        self.baseline = self._costs(opened)
         for candidate in built:
             self._try(candidate, opened.worker, reference)
         opened = self._recover(opened, reference, workers)
@@ -270,11 +301,14 @@ class Run:
             candidate.roofs = self._roofs(seconds, candidate.arithmetic, candidate.size)
         speeds = [each.speed.cells for each in timed if each.speed is not None]
         seconds = [statistics.median(cell.passes[0] for cell in cells) for cells in zip(*speeds, strict=True)]
-        self.baseline = Baseline(
-            opened.load_seconds, opened.first_seconds, opened.peak_memory,
-            self._roofs(seconds, plan.checkpoint.dtype, plan.checkpoint.weight_bytes) if seconds else (),
-            self._throughput("baseline", opened.worker), plan.baseline_memory, opened.gpu_memory,
-            plan.baseline_gpu or None,
+        found = self._roofs(seconds, plan.checkpoint.dtype, plan.checkpoint.weight_bytes) if seconds else ()
+        self.baseline = self._costs(opened, found, self._throughput("baseline", opened.worker))
+
+    def _costs(self, opened: Opened, found: tuple[Roof, ...] = (), throughput: Throughput | None = None) -> Baseline:
+        """Of the baseline."""
+        return Baseline(
+            opened.load_seconds, opened.first_seconds, opened.peak_memory, found, throughput,
+            self.plan.baseline_memory, opened.gpu_memory, self.plan.baseline_gpu or None,
         )  # fmt: skip
 
     def _throughput(self, name: str, worker: WorkerProcess) -> Throughput | None:
@@ -311,6 +345,9 @@ class Run:
             if isinstance(error, WorkerError) and error.kind == "refused":
                 self._elsewhere.add(candidate.name)
                 self.progress.note(f"{candidate.name}: what was built for another host is kept: {artifact.path}")
+        self._tried.add(candidate.name)
+        report = self._report(None, ExitCode.INTERRUPTED, unfinished=GOING_ON)
+        write_whole(self.folder / REPORT, to_json(report))  # it may be killed before it writes another
 
     def _evaluate(self, candidate: Candidate, opened: Opened, reference: Mapping[str, list[Any]]) -> None:
         candidate.load_seconds, candidate.first_seconds = opened.load_seconds, opened.first_seconds
@@ -344,8 +381,13 @@ class Run:
                 candidate.throughput = self._throughput(candidate.name, worker)
         self.progress.timed(candidate)
 
-    def _report(self, winner: Candidate | None, code: int) -> Report:
-        plan, texts = self.plan, self.texts
+    def _report(self, winner: Candidate | None, code: int, unfinished: str | None = None) -> Report:
+        plan, texts, candidates, left_out = self.plan, self.texts, self.candidates, self.left_out
+        if unfinished is not None:
+            known = (*self._tried, *(each.name for each in candidates if each.status is Status.NOT_BUILT), *left_out)
+            rest = [each.recipe.name for each in plan.recipes if each.recipe.name not in known]
+            candidates = [each for each in candidates if each.name not in rest]
+            left_out = left_out | dict.fromkeys(rest, f"not tried to its end: {unfinished}")
         return Report(
             schema_version=SCHEMA_VERSION,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -358,14 +400,15 @@ class Run:
             evaluation=Evaluation(
                 texts.source, plan.calibration_digest, texts.pooling, texts.meaning, texts.labelling, texts.asked
             ),
-            left_out=self.left_out,
-            candidates=tuple(self.candidates),
+            left_out=left_out,
+            candidates=tuple(candidates),
             emitted=winner.name if winner is not None else None,
             seconds={name: round(seconds, 2) for name, seconds in self.seconds.items()},
             baseline=self.baseline,
             peaks=self.peaks,
             work=self.work,
             reference=self.reference,
+            unfinished=unfinished,
         )
 
     @contextmanager

@@ -89,12 +89,16 @@ def ends_quietly() -> Iterator[None]:
 
 @contextmanager
 def errors_to(json_file: Path | None) -> Iterator[None]:
-    """Write the error of a refusal to --json, too; that this fails must not hide the refusal."""
+    """Write the error of a refusal to --json, too, but for what was written there meanwhile: an unfinished report.
+
+    That this fails must not hide the refusal.
+    """
+    older = json_file is not None and json_file.exists()
     try:
         yield
     except (OptimizeError, KeyboardInterrupt) as error:
         code = error.exit_code if isinstance(error, OptimizeError) else ExitCode.INTERRUPTED
-        if json_file is not None:
+        if json_file is not None and (older or not json_file.exists()):
             try:
                 words = str(error) or "interrupted"
                 _write(json_file, json.dumps({"exit_code": code, "error": words}, indent=1) + "\n")

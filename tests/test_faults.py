@@ -1,5 +1,6 @@
 """Kills, hangs, noise and full disks: every failure is loud, has its exit code, and leaves the store valid."""
 
+import json
 import os
 import random
 import shlex
@@ -11,10 +12,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jsonschema
 import psutil
 import pytest
 
+from optimize.pipeline.errors import ArtifactError, RequestError
+from optimize.pipeline.explain import explain
+from optimize.pipeline.manifest import schema
+from optimize.pipeline.run import GOING_ON
 from optimize.pipeline.store import Damage, Store
+from optimize.pipeline.verify import verify_folder
 from tests.conftest import QUICK, Cli, Install
 
 FAULTS = """
@@ -102,23 +109,6 @@ def test_failing_steps_are_named_and_cost_only_themselves(
         "last_hidden_state has", "NaN or infinite",
     ):  # fmt: skip
         assert words in outcome.output
-
-
-def test_a_gpu_that_runs_out_of_memory_costs_one_candidate(
-    tiny: Path, cli: Cli, run_out: Callable[[str], None], tmp_path: Path
-) -> None:
-    run_out("self.model.dtype is torch.bfloat16 and batch['input_ids'].shape == (2, 16)")
-    recipes = ("--recipe", "cast-dtype", "--recipe", "checkpoint")
-    outcome = cli(tiny, *recipes, *QUICK, "--out", tmp_path / "out")
-    assert outcome.code == 0, outcome.output
-    assert outcome.report is not None
-    broken, passed = outcome.report["candidates"]
-    assert (broken["status"], passed["status"]) == ("broken", "passed")
-    assert broken["reason"] == (
-        "out of GPU memory at cell 2x16: 20.00 GiB were to be allocated, 3.25 GiB were free; what would help: "
-        "a smaller --workload, nothing else on the GPU (see nvidia-smi), or other recipes (--recipe)"
-    )
-    assert "Traceback" not in outcome.output
 
 
 def test_a_reference_that_a_gpu_is_too_small_for_is_refused(
@@ -237,6 +227,39 @@ def test_ctrl_c_kills_the_workers_and_keeps_the_store(tiny: Path, cache: Path, t
     assert list(cache.glob("store/building/*")) == []
 
 
+def test_a_gpu_that_runs_out_costs_one_candidate_and_what_is_broken_off_leaves_a_report(
+    tiny: Path, cache: Path, run_out: Callable[[str], None], tmp_path: Path
+) -> None:
+    run_out("self.model.dtype is torch.bfloat16 and batch['input_ids'].shape == (2, 16)")
+    recipes = ("cast-dtype", "checkpoint", "cast-dtype{dtype=float32}")
+    run = _start(tiny, cache, tmp_path / "out", *recipes, json_file=tmp_path / "report.json")
+    _wait_for(run, cache, f"runs/*/logs/{recipes[-1]}.log")
+    (folder,) = (cache / "runs").iterdir()
+    killed = json.loads((folder / "report.json").read_text())  # what SIGKILL would leave
+    run.send_signal(signal.SIGTERM)
+    output, _ = run.communicate(timeout=30)
+    assert run.returncode == 130 and str(folder / "report.json") in output, output
+    assert not (tmp_path / "out").exists()
+    asked, kept = (json.loads((at / "report.json").read_text()) for at in (tmp_path, folder))
+    assert asked == kept
+    assert (killed["unfinished"], kept["unfinished"]) == (GOING_ON, "interrupted")
+    for report in (killed, kept):
+        jsonschema.validate(report, {"$ref": "#/$defs/Report", "$defs": schema()["$defs"]})
+        assert report["exit_code"] == 130 and report["emitted"] is None and report["baseline"]["load_seconds"] > 0
+        broken, passed = report["candidates"]
+        assert (broken["status"], passed["status"]) == ("broken", "passed") and passed["speed"]["quads"] >= 8
+        assert report["left_out"] == {recipes[-1]: f"not tried to its end: {report['unfinished']}"}
+    assert broken["reason"] == (
+        "out of GPU memory at cell 2x16: 20.00 GiB were to be allocated, 3.25 GiB were free; what would help: "
+        "a smaller --workload, nothing else on the GPU (see nvidia-smi), or other recipes (--recipe)"
+    )
+    assert "Traceback" not in output
+    with pytest.raises(RequestError, match="was left out: not tried to its end: interrupted"):
+        explain(folder, recipes[-1], None)
+    with pytest.raises(ArtifactError, match="did not come to its end: interrupted"):
+        verify_folder(folder, 1.0)
+
+
 def test_a_checkpoint_that_changes_meanwhile_poisons_nothing(tiny: Path, cli: Cli, cache: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
@@ -310,9 +333,11 @@ def test_nothing_is_proved_on_a_busy_host(tiny: Path, cli: Cli, tmp_path: Path) 
     assert not out.exists()
 
 
-def _start(model: Path, cache: Path, out: Path, recipe: str) -> subprocess.Popen[str]:
+def _start(model: Path, cache: Path, out: Path, *recipes: str, json_file: Path | None = None) -> subprocess.Popen[str]:
+    asked = [word for recipe in recipes for word in ("--recipe", recipe)]
+    written = ["--json", json_file] if json_file else []
     return subprocess.Popen(
-        [sys.executable, "-m", "optimize.pipeline.cli", model, "--recipe", recipe, *QUICK, "--out", out],
+        [sys.executable, "-m", "optimize.pipeline.cli", model, *asked, *QUICK, "--out", out, *written],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OPTIMIZE_CACHE": str(cache)},
         preexec_fn=_heed_signals,
     )  # fmt: skip

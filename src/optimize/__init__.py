@@ -53,7 +53,7 @@ def compile(model: str | Path, *, json: str | Path | None = None, **options: Any
     planned = Request(str(model), **options).plan()
     if json is not None:
         Path(json).parent.mkdir(parents=True, exist_ok=True)  # before the run of minutes, not after it
-    report = planned.run(Progress())
+    report = planned.run(Progress(), None if json is None else Path(json))
     if json is not None:
         Path(json).write_text(to_json(report))
     return report
