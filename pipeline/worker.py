@@ -303,8 +303,8 @@ def serve(requests: Any, answers: Any, operations: Worker) -> None:
                     f"the worker speaks protocol {PROTOCOL}, and was asked in {request.get('protocol')}",
                     hint="optimize was changed while it ran: run the same command again",
                 )
-            operation: Callable[..., Any] = getattr(operations, request["operation"])
             operations.doing = DOING.get(request["operation"], f"during {request['operation']}")
+            operation: Callable[..., Any] = getattr(operations, request["operation"])
             answer = json.dumps({"result": operation(**request["arguments"])})
         except OptimizeError as error:
             traceback.print_exc()

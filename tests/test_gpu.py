@@ -27,6 +27,7 @@ from optimize.pipeline.gpus import GpuMemory, GpuMeter
 from optimize.pipeline.plan import make_plan
 from optimize.pipeline.toolchain_files import Toolchain
 from optimize.pipeline.toolchains import Toolchains
+from optimize.pipeline.workers import WorkerProcess
 from optimize.targets import cpu, gpu, multi_gpu
 from optimize.targets.runtimes import open_session
 from optimize.targets.runtimes.memory import gpu_memory, running_memory
@@ -135,6 +136,16 @@ def test_what_a_worker_holds_is_that_of_all_its_processes(monkeypatch: pytest.Mo
         drive(monkeypatch, count=3, processes={0: {os.getpid(): 1 << 30}, 1: ours, 2: {child.pid: 8 << 30}})
         assert GpuMeter(2).read(os.getpid()) == GpuMemory(3 << 30)  # the third is not of this target
         child.kill()
+
+
+def test_a_worker_is_asked_about_by_its_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    held: dict[int, int | None] = {}
+    drive(monkeypatch, processes={0: held})
+    with WorkerProcess(tmp_path / "worker.log", gpus=1) as worker, WorkerProcess(tmp_path / "other.log") as other:
+        assert worker.gpu_memory() is None
+        held |= {worker.pid: 5 << 30, other.pid: 6 << 30}
+        assert worker.gpu_memory() == GpuMemory(5 << 30)
+        assert other.gpu_memory() is None  # it computes on the processor
 
 
 def test_where_no_process_is_named_the_growth_of_what_is_used_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
+from optimize.pipeline.calls import call_of
 from optimize.pipeline.contract import Target
 from optimize.pipeline.errors import WorkerError
 from optimize.pipeline.toolchains import Environment
+from optimize.pipeline.trial import problem_text, with_estimate
+from optimize.pipeline.worker import Worker
 from optimize.pipeline.workers import LOG_TAIL, WorkerProcess, running
 from tests.conftest import Install
 
@@ -254,6 +259,42 @@ def test_a_gpus_memory_that_runs_out_is_told_in_words(build: Build, worker: Work
         assert (raised.value.message, raised.value.kind, raised.value.worker) == (message, "memory", "worker")
         assert "--workload" in str(raised.value.hint) and "--recipe" in str(raised.value.hint)
     assert not worker.alive
+
+
+def test_what_was_free_and_what_was_planned_is_told(
+    build: Build, worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_gpus", SimpleNamespace(free=7 << 30))
+    with pytest.raises(WorkerError) as raised:
+        build("finds_no_room")
+    told = with_estimate(raised.value, 5 << 30)
+    assert told.message == (
+        "out of GPU memory during build; 7.0 GiB were free before it was opened; the plan had estimated 5.0 GiB"
+    )
+    assert problem_text(told) == f"{told.message}\n  {told.hint}"  # no traceback
+    other = WorkerError("something else")
+    assert with_estimate(other, 5 << 30) is other
+
+
+def test_a_sweep_ends_at_the_last_batch_that_fits() -> None:
+    class Session:
+        inputs = ("input_ids", "attention_mask")
+
+        def run(self, batch: Any) -> Any:
+            if len(batch["input_ids"]) > self.most:
+                raise RuntimeError("CUDA out of memory.")
+            time.sleep(0.002)
+            return {}
+
+        most = 2
+
+    sweeping, session = Worker(), Session()
+    batch = {name: np.ones((1, 8), dtype=np.int64) for name in session.inputs}
+    sweeping._session, sweeping._cells = session, [call_of(session, batch)]
+    assert sweeping.sweep(60)["batch"] == 2
+    session.most = 0
+    with pytest.raises(RuntimeError):
+        sweeping.sweep(60)
 
 
 def test_what_recovered_is_not_blamed(build: Build) -> None:
