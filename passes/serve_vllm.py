@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -63,6 +63,9 @@ class ServeVllm(Pass):
     @property
     def placement(self) -> Placement:
         return Placement(self.gpus, self.replicas)
+
+    def on_one_gpu(self) -> Pass:
+        return replace(self, gpus=1, replicas=1)
 
     @property
     def arithmetic(self) -> str | None:

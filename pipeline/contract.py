@@ -275,6 +275,10 @@ class Pass(ABC):
         """On which GPUs what it makes runs."""
         return Placement()
 
+    def on_one_gpu(self) -> Pass:
+        """The same pass, but that what it makes runs on one GPU."""
+        return self
+
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         """Why it cannot run for this checkpoint here, or None. Cheap: it imports no framework."""
         return None

@@ -11,6 +11,7 @@ from optimize.pipeline.contract import DEFAULT, Cell, Form, Kind, Meaning
 from optimize.pipeline.errors import ExitCode
 from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.manifest import Baseline, Report
+from optimize.pipeline.scaling import Scaling
 from optimize.pipeline.tokens import TokenAccuracy
 from optimize.pipeline.verdict import Candidate, Status, pareto
 
@@ -42,6 +43,10 @@ def print_report(console: Console, report: Report, out: Path) -> None:
     for candidate in report.candidates:
         if candidate.reason:
             console.print(f"{candidate.name}: {candidate.reason}", markup=False, highlight=False, soft_wrap=True)
+    for candidate in report.candidates:
+        if candidate.scaling:
+            words = _scaling_text(candidate.name, candidate.scaling, report.workload)
+            console.print(words, markup=False, highlight=False, soft_wrap=True)
     metrics = [(each.name, metric) for each in report.candidates if each.accuracy for metric in each.accuracy.metrics]
     for name, metric in metrics:
         console.print(f"{name}: {metric}", markup=False, highlight=False, soft_wrap=True)
@@ -151,6 +156,14 @@ def _cells(candidate: Candidate, report: Report, workload: int, wide: bool) -> l
         *([build, load, *_limits(candidate, report.workload)] if wide else []),
     ]
     return [near, *([far] if wide else []), *speeds, *costs]
+
+
+def _scaling_text(name: str, found: Scaling, workload: Sequence[Cell]) -> str:
+    cells = ", ".join(f"{interval} at {cell}" for cell, interval in zip(workload, found.cells, strict=True))
+    return (
+        f"{name}: scaling efficiency on {found.gpus} GPUs {found.overall} ({cells}): "
+        f"its speedup over {found.against}, divided by {found.gpus}"
+    )
 
 
 def _limits(side: Candidate | Baseline, cells: Sequence[Cell]) -> list[str]:

@@ -36,6 +36,7 @@ from optimize.pipeline.plan import Plan, PlannedRecipe
 from optimize.pipeline.prepare import Texts, Unchanged, encode_text, find_peaks, unusable
 from optimize.pipeline.progress import Progress
 from optimize.pipeline.roofline import Peaks, Roof, Work, roofs
+from optimize.pipeline.scaling import scalings
 from optimize.pipeline.store import Entry, Store
 from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Opened, Trial, problem_text, with_estimate
 from optimize.pipeline.verdict import Candidate, Status, StepReport, Throughput, choose, judge_speed, why_not_recover
@@ -383,6 +384,8 @@ class Run:
 
     def _report(self, winner: Candidate | None, code: int, unfinished: str | None = None) -> Report:
         plan, texts, candidates, left_out = self.plan, self.texts, self.candidates, self.left_out
+        if plan.target.gpus > 1:  # without GPUs, processes take their place
+            self._scale()
         if unfinished is not None:
             known = (*self._tried, *(each.name for each in candidates if each.status is Status.NOT_BUILT), *left_out)
             rest = [each.recipe.name for each in plan.recipes if each.recipe.name not in known]
@@ -410,6 +413,13 @@ class Run:
             reference=self.reference,
             unfinished=unfinished,
         )
+
+    def _scale(self) -> None:
+        """Say of candidates on several GPUs what these bring, where the same recipe was timed on one."""
+        timed = {each.recipe: (each.name, each.speed) for each in self.candidates if each.speed is not None}
+        found = scalings(timed, [planned.recipe for planned in self.plan.recipes])
+        for candidate in self.candidates:
+            candidate.scaling = found.get(candidate.recipe)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

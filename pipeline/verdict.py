@@ -14,6 +14,7 @@ from optimize.pipeline.gpus import GpuMemory
 from optimize.pipeline.language import LanguageAccuracy
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.roofline import Roof
+from optimize.pipeline.scaling import Scaling
 from optimize.pipeline.statistics import Difference, Interval, difference
 from optimize.pipeline.tokens import TokenAccuracy
 
@@ -78,6 +79,7 @@ class Candidate:
     gpu_memory: GpuMemory | None = None  # held when every cell had been run
     judged_gpu_memory: GpuMemory | None = None  # and when it had been judged
     predicted_gpu_memory: int | None = None  # what the plan said of that, in bytes of each GPU
+    scaling: Scaling | None = None  # of several GPUs, where the same recipe was timed on one
 
     @property
     def build_seconds(self) -> float:

@@ -9,6 +9,8 @@ from rich.console import Console
 from optimize.pipeline.gpus import GpuMemory
 from optimize.pipeline.manifest import Manifest, Report
 from optimize.pipeline.report import print_report
+from optimize.pipeline.scaling import Scaling
+from optimize.pipeline.statistics import Interval
 
 
 def printed(report: Report) -> str:
@@ -34,3 +36,14 @@ def test_gpu_memory_has_a_column_where_there_is_a_gpu(manifest: Manifest) -> Non
     (baseline,) = (line for line in text.splitlines() if "eager (baseline)" in line)
     (winner,) = (line for line in text.splitlines() if "onnx-int8-dynamic  " in line)
     assert "GPU" in text and " 777 " in baseline and " 3072 " in winner
+
+
+def test_what_several_gpus_bring_is_said(manifest: Manifest) -> None:
+    report = manifest.report
+    winner, lost = report.candidates
+    found = Scaling("alone", 2, Interval(0.9, 0.8, 1.0), (Interval(0.7, 0.6, 0.8), Interval(1.1, 1.0, 1.2)))
+    text = printed(dataclasses.replace(report, candidates=(dataclasses.replace(winner, scaling=found), lost)))
+    assert (
+        "onnx-int8-dynamic: scaling efficiency on 2 GPUs 0.90 [0.80, 1.00] (0.70 [0.60, 0.80] at 1x32, "
+        "1.10 [1.00, 1.20] at 8x128): its speedup over alone, divided by 2"
+    ) in text
