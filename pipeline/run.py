@@ -138,9 +138,9 @@ class Run:
         with suppress(OSError):
             text = to_json(self._report(None, code, unfinished=why))
             write_whole(self.folder / REPORT, text)
-            self.progress.note(f"what was found out until then: {self.folder / REPORT}")
             if self.json_file is not None:
                 self.json_file.write_text(text)
+            self.progress.note(f"what was found out until then: {self.folder / REPORT}")
 
     @property
     def trial(self) -> Trial:
