@@ -168,6 +168,13 @@ tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from
 {prepare}inputs = tokenizer("The harbour was", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32{options})[0]))
 """
+REPLAY = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".", dtype="auto").cuda()
+inputs = tokenizer("The harbour was", return_tensors="pt").to("cuda")
+written = model.generate(**inputs, max_new_tokens=32, cache_implementation="static")  # steps are captured
+print(tokenizer.decode(written[0]))
+"""
 PACK = """
 import torch
 from torchao.prototype.quantization.int4 import Int4OpaqueTensor
@@ -250,7 +257,7 @@ if __name__ == "__main__":  # it may start processes of its own, which import th
     print(LLM(model=".", **options).generate("The harbour was", asked)[0].outputs[0].text)
 """
 GENERATES = {Kind.OPENVINO: LLM_PIPELINE, Kind.GGUF: SERVE, Kind.OLLAMA: OLLAMA, Kind.GENAI: GENAI,
-             Kind.TENSORRT_LLM: TENSORRT_LLM, Kind.VLLM: VLLM}  # fmt: skip
+             Kind.TENSORRT_LLM: TENSORRT_LLM, Kind.VLLM: VLLM, Kind.CUDA_GRAPHS: REPLAY}  # fmt: skip
 
 
 HEAR = """import soundfile
@@ -267,6 +274,15 @@ from transformers import AutoModelForSpeechSeq2Seq
 
 model = AutoModelForSpeechSeq2Seq.from_pretrained(".", dtype="auto").eval()
 print(tokenizer.decode(model.generate(features.to(model.dtype))[0], skip_special_tokens=True))
+""",
+    Kind.CUDA_GRAPHS: HEAR.format(tensors="pt")
+    + """
+from transformers import AutoModelForSpeechSeq2Seq
+
+model = AutoModelForSpeechSeq2Seq.from_pretrained(".", dtype="auto").eval().cuda()
+features = features.to("cuda", model.dtype)
+written = model.generate(features, cache_implementation="static")  # steps are captured
+print(tokenizer.decode(written[0], skip_special_tokens=True))
 """,
     Kind.OPENVINO: HEAR.format(tensors="np")
     + """

@@ -35,10 +35,15 @@ IMAGES = ("eager-fp16", "eager-bf16", "graphs-fp16", "compiled-fp16", "compiled-
 TRANSCRIBING = {  # for speech models
     "speech-fp16": "cast-dtype{dtype=float16}",
     "speech-bf16": "cast-dtype",
+    "graphs-fp16": "cast-dtype{dtype=float16},compile-cuda{compile=false}",
+    "compiled-fp16": "cast-dtype{dtype=float16},compile-cuda",
+    "compiled-bf16": "cast-dtype,compile-cuda",
 }
 GENERATING = {  # for language models
     "eager-fp16": "cast-dtype{dtype=float16}",
     "eager-bf16": "cast-dtype",
+    "graphs-bf16": "cast-dtype,compile-cuda{compile=false}",
+    "compiled-bf16": "cast-dtype,compile-cuda",
     "vllm-bf16": "cast-dtype,serve-vllm",
     "vllm-fp8": "cast-dtype,serve-vllm{quantization=fp8}",
     "vllm-fp8-cache": "cast-dtype,serve-vllm{quantization=fp8;cache=fp8}",
@@ -51,7 +56,8 @@ GENERATING = {  # for language models
 }
 # tried only by name
 BY_NAME = frozenset({
-    "eager-fp16", "eager-bf16", "compiled-fp16-autotuned", "vllm-fp8-cache", "vllm-fp8-static", "vllm-int4-awq",
+    "eager-fp16", "eager-bf16", "graphs-bf16", "compiled-fp16-autotuned", "vllm-fp8-cache", "vllm-fp8-static",
+    "vllm-int4-awq",
 })  # fmt: skip
 RECOVERIES: dict[str, str] = {}
 

@@ -147,9 +147,29 @@ def test_the_plan_names_the_gpu_and_what_cannot_run_on_it(tmp_path: Path) -> Non
     turing = replace(H100, dtypes=("float32", "float16"))
     left_out = {each.name for each in gpu.recipes(checkpoint, turing) if each.why_not(checkpoint, turing)}
     assert left_out == {"eager-bf16", "compiled-bf16"}
-    assert "one forward pass" in str(CompileCuda().requires(replace(checkpoint, task="text-generation"), H100))
     with pytest.raises(RequestError, match="it is for NVIDIA GPUs, and here is none"):
         make_plan(checkpoint, cpu.probe(), [each for each in able if "compiled" in each.name], workload="1x32")
+
+
+def test_each_captured_generation_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    sizes = Dimensions(hidden=2048, intermediate=8192, layers=16, vocabulary=32000, cache=16384)
+    one = Checkpoint(
+        "one",
+        tmp_path,
+        None,
+        "text-generation",
+        "LlamaForCausalLM",
+        "bfloat16",
+        10**9,
+        2 * 10**9,
+        4096,
+        {},
+        dimensions=sizes,
+    )
+    small, large = Cell(8, 64, 16), Cell(256, 64, 16)
+    both, alone = (gpu_memory(Kind.CUDA_GRAPHS, one, cells) for cells in ((small, large), (large,)))
+    assert both - alone == 2 * 16384 * 8 * 80
+    assert gpu_memory(Kind.CHECKPOINT, one, (small, large)) == gpu_memory(Kind.CHECKPOINT, one, (large,))
 
 
 def test_every_text_has_a_shape_and_the_smallest_is_taken() -> None:
@@ -262,8 +282,8 @@ def test_a_checkpoint_is_lowered_judged_and_emitted_on_a_gpu(tiny: Path, cli: Cl
     [
         ("make_checkpoint", {"graphs-fp16", "compiled-fp16", "compiled-bf16"}),
         ("make_image_classifier", {"graphs-fp16", "compiled-fp16", "compiled-bf16"}),
-        ("make_language_model", {"vllm-bf16", "vllm-fp8"}),
-        ("make_speech_model", {"speech-fp16", "speech-bf16"}),
+        ("make_language_model", {"compiled-bf16", "vllm-bf16", "vllm-fp8"}),
+        ("make_speech_model", {"speech-fp16", "graphs-fp16", "compiled-fp16", "compiled-bf16"}),
     ],
 )
 def test_every_form_of_model_has_a_plan_on_a_gpu(

@@ -139,6 +139,12 @@ def padded(prompts: Sequence[Array]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
+def end_nowhere(model: Any) -> None:
+    """Have `generate` go on past what ends a text: one that ends early would be timed as a fast one."""
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+
+
 def open_session(path: Path, task: str, cores: int, device: str = "cpu") -> EagerSession:
     torch.set_num_threads(cores)
     model = load_model(path, task, device=device)
@@ -155,8 +161,7 @@ def open_session(path: Path, task: str, cores: int, device: str = "cpu") -> Eage
         from optimize.targets.runtimes.transcribing import EagerTranscriber
 
         return EagerTranscriber(model, read_decoding(path), device)
-    model.generation_config.eos_token_id = None  # a text that ends early would be timed as a fast one
-    model.generation_config.pad_token_id = 0
+    end_nowhere(model)
     if (path / COMPILING).is_file():
         from optimize.targets.runtimes.compiled import CompiledGenerator
 

@@ -59,7 +59,20 @@ def gpu_memory(kind: Kind, checkpoint: Checkpoint, workload: Sequence[Cell], sha
     width = 4 if checkpoint.dtype == "float32" else 2
     weights = min(checkpoint.weight_bytes, width * checkpoint.parameters)  # a server may cast them as it loads them
     working = _working(checkpoint, workload) * width // 4
+    if kind is Kind.CUDA_GRAPHS:
+        working += width * _captured(checkpoint, workload)
     return GPU_FIXED.get(kind, GPU_REST) + (weights + working) // shards
+
+
+def _captured(checkpoint: Checkpoint, workload: Sequence[Cell]) -> int:
+    """Numbers of the caches of generations: each captured shape has its own, all the time."""
+    sizes, form = checkpoint.dimensions, TASKS[checkpoint.task].form
+    if form is Form.PROMPTS:
+        return sizes.cache * sum(cell.tokens for cell in workload)
+    if form is Form.CLIPS:
+        positions = HEARD + WRITTEN + sum(cell.batch * (HEARD + cell.new) for cell in workload)
+        return 2 * sizes.hidden * sizes.layers * positions
+    return 0
 
 
 def _working(checkpoint: Checkpoint, workload: Sequence[Cell]) -> int:
