@@ -28,6 +28,7 @@ class Word(str, Enum):
         return str.__format__(self, form)
 
 
+QUANTIZED = ("int8", "float8_e4m3fn")  # dtypes that products are quantized to
 DEFAULT = "default"  # the toolchain that is this interpreter
 
 
@@ -333,8 +334,9 @@ class Recipe:
         return None
 
     def arithmetic(self, dtype: str) -> str:
-        """The dtype that its matrix products run in, for a checkpoint of that dtype."""
-        return next(filter(None, (step.arithmetic for step in reversed(self.passes))), dtype)
+        """The dtype that its matrix products run in, for a checkpoint of that dtype. What was quantized stays so."""
+        chosen = [dtype, *filter(None, (step.arithmetic for step in self.passes))]
+        return next((each for each in chosen if each in QUANTIZED), chosen[-1])
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ GENERATING = {  # for language models
     "graphs-bf16": "cast-dtype,compile-cuda{compile=false}",
     "compiled-bf16": "cast-dtype,compile-cuda",
     "vllm-bf16": "cast-dtype,serve-vllm",
+    "vllm-bf16-batched": "cast-dtype,serve-vllm{batched=16384}",
     "vllm-fp8": "cast-dtype,serve-vllm{quantization=fp8}",
     "vllm-fp8-cache": "cast-dtype,serve-vllm{quantization=fp8;cache=fp8}",
     "vllm-fp8-static": "cast-dtype,quantize-llm-compressor{mode=fp8-static},serve-vllm",
@@ -57,7 +58,7 @@ GENERATING = {  # for language models
 # tried only by name
 BY_NAME = frozenset({
     "eager-fp16", "eager-bf16", "graphs-bf16", "compiled-fp16-autotuned", "vllm-fp8-cache", "vllm-fp8-static",
-    "vllm-int4-awq",
+    "vllm-int4-awq", "vllm-bf16-batched",
 })  # fmt: skip
 RECOVERIES: dict[str, str] = {}
 
