@@ -200,9 +200,16 @@ class Cell:
     batch: int
     sequence: int = 0  # tokens, all of them real; of a generation, those of the prompt; 0 of images and clips
     new: int = 0  # tokens that are generated for each prompt; 0 is one forward pass
+    weight: int = 1  # in the mean over all cells; what is built does not depend on it
 
     def __str__(self) -> str:
+        """Without its weight."""
         return f"{self.batch}" + (f"x{self.sequence}" if self.sequence else "") + (f"+{self.new}" if self.new else "")
+
+    @property
+    def weighted(self) -> str:
+        """As it was asked for."""
+        return str(self) if self.weight == 1 else f"{self}*{self.weight}"
 
     @property
     def form(self) -> Form:

@@ -24,6 +24,7 @@ WORKLOADS = {Form.TOKENS: "1x32,8x128", Form.PROMPTS: "1x32+32,1x512+16", Form.I
              Form.CLIPS: "1+32,4+32"}  # fmt: skip
 PARTS = {"BATCH": "batch", "TOKENS": "sequence", "PROMPT": "sequence", "NEW": "new"}  # of a form, and fields of a cell
 IDLE = 2 << 30  # bytes of a GPU that its driver may hold for itself
+MAX_WEIGHT = 1000
 MAX_TOKENS = 1 << 20  # in one cell: more is a typing error, and would only end in an out-of-memory kill
 
 # bytes that running an artifact of that kind takes; the checkpoint's weight_bytes are the artifact's
@@ -109,7 +110,7 @@ class Plan:
             f"checkpoint  {checkpoint.name}{revision} ({checkpoint.architecture}, {checkpoint.task}, "
             f"{checkpoint.parameters / 1e6:.1f} M parameters, {checkpoint.dtype})",
             f"target      {self.target.name}: {self.target.device}, {_what_it_has(self.target)}",
-            f"workload    {', '.join(map(str, self.workload))} ({form.words}), "
+            f"workload    {', '.join(cell.weighted for cell in self.workload)} ({form.words}), "
             f"timed for about {self.budget:.0f} s, longer on a slow host",
             f"evaluation  {self.evaluation}",
             f"gates       {drop} at most {gates.max_drop:g}, speedup above {gates.min_speedup:g}, "
@@ -265,14 +266,16 @@ def _check_reference_fits(reference: Need, baseline: Need, target: Target) -> No
 
 
 def parse_workload(text: str, max_length: int, form: Form = Form.TOKENS) -> tuple[Cell, ...]:
-    """Read cells of that form, such as `1x32,8x128`. Raises RequestError for what cannot be run."""
-    pattern = re.sub("[A-Z]+", lambda part: rf"(?P<{PARTS[part[0]]}>\d+)", re.escape(form))
+    """Read cells of that form, such as `1x32*9,8x128`. Raises RequestError for what cannot be run."""
+    pattern = re.sub("[A-Z]+", lambda part: rf"(?P<{PARTS[part[0]]}>\d+)", re.escape(form)) + r"(\*(?P<weight>\d+))?"
     cells: list[Cell] = []
     for part in text.split(","):
         match = re.fullmatch(pattern, part.strip(), re.ASCII)
         if match is None:
             raise RequestError(f"--workload: {part!r} is not {form}", hint=f"for example {WORKLOADS[form]}")
-        cell = Cell(**{name: int(number) for name, number in match.groupdict().items()})
+        cell = Cell(**{name: int(number) for name, number in match.groupdict().items() if number})
+        if not 0 < cell.weight <= MAX_WEIGHT:
+            raise RequestError(f"--workload: {part.strip()}: a weight is a whole number from 1 to {MAX_WEIGHT}")
         if form in (Form.PROMPTS, Form.CLIPS) and cell.new < 2:
             raise RequestError(f"--workload: {cell}: at least 2 new tokens, to tell the first from the rest")
         if form in (Form.IMAGES, Form.CLIPS) and cell.batch < 1:
@@ -286,8 +289,8 @@ def parse_workload(text: str, max_length: int, form: Form = Form.TOKENS) -> tupl
             )
         if cell.tokens > MAX_TOKENS:
             raise RequestError(f"--workload: {cell} is more than {MAX_TOKENS} tokens in one call")
-        if cell in cells:
-            raise RequestError(f"--workload: {cell} is given twice")
+        if str(cell) in map(str, cells):
+            raise RequestError(f"--workload: {cell} is given twice", hint=f"to have it count twice: {cell}*2")
         cells.append(cell)
     return tuple(cells)
 

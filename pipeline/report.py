@@ -99,7 +99,14 @@ def _table(report: Report, *, wide: bool) -> object:
     )  # fmt: skip
     workload = report.workload if wide or len(report.workload) > 1 else ()
     named = ("ppl", "KL") if report.evaluation.meaning is Meaning.NEXT else ("cosine", "worst")
-    titles = [named[0], *([named[1]] if wide else []), *map(str, workload), "overall", "mem\nMiB", "size\nMiB"]
+    titles = [
+        named[0],
+        *([named[1]] if wide else []),
+        *(cell.weighted for cell in workload),
+        "overall",
+        "mem\nMiB",
+        "size\nMiB",
+    ]
     table.add_column("recipe", no_wrap=True)
     rate = "images" if report.workload[0].form is Form.IMAGES else "tokens"
     for title in (*titles, *(WIDE_TITLES if wide else [])):
