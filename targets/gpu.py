@@ -27,7 +27,7 @@ RECIPES = {
     "compiled-fp16": "cast-dtype{dtype=float16},compile-cuda",
     "compiled-bf16": "cast-dtype,compile-cuda",
     "compiled-fp16-autotuned": "cast-dtype{dtype=float16},compile-cuda{autotune=true}",
-    "onnx-cuda-fp16": "export-onnx{dtype=float16},use-provider",
+    "onnx-cuda-fp16": "export-onnx{fused=true;provider=cuda;dtype=float16},use-provider",
     "tensorrt-fp16": "export-onnx{dtype=float16},build-tensorrt",
     "tensorrt-fp8": "export-onnx,quantize-modelopt{mode=fp8},build-tensorrt",
 }
