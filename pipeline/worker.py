@@ -102,10 +102,10 @@ class Worker:
         self._session = open_session(Kind(kind), Path(path), task, cores, Path(tokenizer), device)
         loaded = time.perf_counter()
         self._cells = [call_of(self._session, batch) for batch in batches]
-        self._cells[0].run()
+        self._cells[0].timed()  # which on a GPU waits until it is done
         first = time.perf_counter()
         for cell in self._cells[1:]:  # so that peak memory is that of the whole workload
-            cell.run()
+            cell.timed()
         return {"load": loaded - start, "first": first - loaded, "memory": peak_memory()}
 
     def memory(self) -> int:
