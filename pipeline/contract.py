@@ -48,6 +48,7 @@ class Kind(Word):
     TENSORRT = "tensorrt"  # model.engine, and what its builder says of it
     TENSORRT_RTX = "tensorrt-rtx"  # the same, compiled to the end by the driver of the GPU that runs it
     CUDA_GRAPHS = "cuda-graphs"  # a checkpoint, and graphs.json: the shapes that it is captured at where it is opened
+    TENSOR_PARALLEL = "tensor-parallel"  # a checkpoint, and tensor_parallel.json: how many processes share its layers
     VLLM = "vllm"  # a checkpoint, serve.yaml for `vllm serve`, and vllm.json: what it was measured with
     TENSORRT_LLM = "tensorrt-llm"  # engines, or a quantized checkpoint; and what runs it must know
 

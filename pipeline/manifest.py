@@ -28,7 +28,7 @@ from optimize.pipeline.versions import installed_version, ollama_version
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-SCHEMA_VERSION = "2.6"
+SCHEMA_VERSION = "2.7"
 FILE = "optimize.json"
 REPORT = "report.json"  # in a run's folder
 RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers",

@@ -11,6 +11,7 @@ from string import Template
 
 from optimize.pipeline.contract import DEFAULT, Form, Kind
 from optimize.pipeline.manifest import Report
+from optimize.pipeline.recipe import parse
 from optimize.pipeline.toolchain_files import read_toolchain
 
 LOCK = "toolchain.lock"  # in the emitted folder of what only a toolchain opens
@@ -22,6 +23,7 @@ IMPORTS = {
     Kind.CHECKPOINT: ("torch",),
     Kind.AOTI: ("torch",),
     Kind.CUDA_GRAPHS: ("torch",),
+    Kind.TENSOR_PARALLEL: ("torch",),
     Kind.TORCHSCRIPT: ("torch",),
     Kind.ONNX: ("onnxruntime",),
     Kind.OPENVINO: ("openvino", "openvino-genai"),
@@ -70,7 +72,7 @@ def _running(report: Report, kind: Kind, recipe: str) -> str:
 
 def _generating(kind: Kind, recipe: str) -> str:
     if kind is not Kind.CHECKPOINT:
-        return _card(f"generate/{kind}")
+        return _card(f"generate/{kind}", ranks=parse(recipe).placement.shards)
     compiles = "compile-generate" in recipe
     prepare = [_card("parts/pack")] if "quantize-torchao{mode=int4}" in recipe else []
     prepare += [_card("parts/compile")] if compiles else []

@@ -103,6 +103,7 @@ def test_several_gpus_are_one_target_if_they_are_alike(monkeypatch: pytest.Monke
 def test_a_plan_spreads_a_model_over_as_many_gpus_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPTIMIZE_TOOLCHAIN_VLLM", sys.executable)
     monkeypatch.setattr(Toolchain, "lacks", lambda *_: "")
+    (tmp_path / "config.json").write_text('{"model_type": "mistral", "num_attention_heads": 32}')
     sizes = Dimensions(hidden=4096, intermediate=14336, layers=32, vocabulary=32000, cache=65536)
     seven = Checkpoint(
         "seven", tmp_path, None, "text-generation", "MistralForCausalLM", "bfloat16", 7 * 10**9, 14 * 10**9, 4096,
@@ -120,7 +121,8 @@ def test_a_plan_spreads_a_model_over_as_many_gpus_as_it_takes(tmp_path: Path, mo
         )  # fmt: skip
 
     plan = planned(h200)
-    names = ["vllm-bf16", "vllm-bf16-x4", "vllm-bf16-tp2", "vllm-bf16-tp2-x2", "vllm-bf16-tp4"]
+    names = ["vllm-bf16", "vllm-bf16-x4", "vllm-bf16-tp2", "vllm-bf16-tp2-x2", "vllm-bf16-tp4",
+             "eager-bf16-tp2", "eager-bf16-tp4"]  # fmt: skip
     assert [each.recipe.name for each in plan.recipes] == names
     text = plan.describe()
     assert "4 of them over NVLink, each 140 GiB" in text and "of each of 4 GPUs: 2 copies" in text

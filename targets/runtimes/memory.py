@@ -30,6 +30,8 @@ RESIDENT = {
     Kind.TENSORRT: (500 * MIB, 2.0),  # on the host, where an engine is read before it goes to the GPU
     Kind.TENSORRT_RTX: (500 * MIB, 2.0),
     Kind.TENSORRT_LLM: (EAGER, 2.0),
+    # the file is mapped by every process and counted once; and rows that are cut, which are copied
+    Kind.TENSOR_PARALLEL: (EAGER, 1.5),
     Kind.VLLM: (6000 * MIB, 2.0),  # on the host: compilers, CUDA's libraries, and weights on their way to the GPU
     Kind.CUDA_GRAPHS: (3000 * MIB, 1.0),  # on the host
 }
@@ -61,6 +63,9 @@ def gpu_memory(kind: Kind, checkpoint: Checkpoint, workload: Sequence[Cell], sha
     working = _working(checkpoint, workload) * width // 4
     if kind is Kind.CUDA_GRAPHS:
         working += width * _captured(checkpoint, workload)
+    if kind is Kind.TENSOR_PARALLEL:  # each has all logits; not every transformers cuts embeddings
+        embeddings = width * checkpoint.dimensions.vocabulary * checkpoint.dimensions.hidden
+        return GPU_REST + weights // shards + embeddings + working
     return GPU_FIXED.get(kind, GPU_REST) + (weights + working) // shards
 
 

@@ -236,7 +236,7 @@ def test_a_report_names_what_it_ran_with(manifest: Manifest) -> None:
     assert None not in packages.values()
 
 
-GENERATING = (Kind.GGUF, Kind.OLLAMA, Kind.GENAI, Kind.TENSORRT_LLM, Kind.VLLM)
+GENERATING = (Kind.GGUF, Kind.OLLAMA, Kind.GENAI, Kind.TENSORRT_LLM, Kind.VLLM, Kind.TENSOR_PARALLEL)
 BOTH = (Kind.CHECKPOINT, Kind.OPENVINO, Kind.CUDA_GRAPHS)
 
 
