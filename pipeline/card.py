@@ -62,6 +62,8 @@ def model_card(report: Report, winner: Candidate) -> str:
     assert winner.speed is not None
     checkpoint, host = report.checkpoint, report.host
     base = f"base_model: {checkpoint.model_id}\n" if checkpoint.revision else ""  # a folder's name is no hub id
+    gpus = report.baseline.gpus if report.baseline else 1
+    over = f", its layers over {gpus} GPUs," if gpus > 1 else ""
     revision = f" at `{checkpoint.revision}`" if checkpoint.revision else ""
     asked = report.evaluation.questions  # of a language model, which then has metrics on other data than the text
     accuracy = accuracy_text(winner) if asked is None else str(winner.accuracy)
@@ -85,7 +87,7 @@ On {host.target.device} ({host.target.cores} cores), {report.created}:
 
 - {accuracy}, against the float32 model on {winner.accuracy.examples if winner.accuracy else 0} examples
   of {report.evaluation.source}; the gate was a drop of at most {report.gates.max_drop:g}.
-{answers}- {winner.speed.overall} times the speed of the eager {checkpoint.dtype} model (99% interval, geometric
+{answers}- {winner.speed.overall} times the speed of the eager {checkpoint.dtype} model{over} (99% interval, geometric
   mean{weights}), measured while {winner.speed.noise or "nothing was noted"}; other work of up to
   {report.gates.max_load:.0%} was allowed:
 

@@ -29,6 +29,7 @@ class Word(str, Enum):
 
 
 QUANTIZED = ("int8", "float8_e4m3fn")  # dtypes that products are quantized to
+SPREAD = "auto"  # in place of a device: all GPUs, as accelerate puts whole layers on them
 DEFAULT = "default"  # the toolchain that is this interpreter
 
 

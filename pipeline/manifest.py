@@ -72,6 +72,7 @@ class Baseline:
     roofs: tuple[Roof, ...] = ()  # of the cells
     throughput: Throughput | None = None
     predicted_memory: int | None = None  # bytes, by the plan, also while it reads all text
+    gpus: int = 1  # over which its layers lie
 
 
 @dataclass(frozen=True)

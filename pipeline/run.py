@@ -135,7 +135,9 @@ class Run:
             same = self.plan.reference is None
             if DRIVER + FRAMEWORKS + self.plan.reference_memory > self.plan.target.memory:
                 self._builder.end()
-            opened = self.trial.open("baseline" if same else "reference", Kind.CHECKPOINT, artifact.path)
+            opened = self.trial.open(
+                "baseline" if same else "reference", Kind.CHECKPOINT, artifact.path, self.plan.reference_gpus
+            )
             with ExitStack() as stack:
                 stack.enter_context(opened.worker)
                 outputs = {
@@ -206,7 +208,8 @@ class Run:
     def _open_baseline(self, workers: ExitStack) -> Opened:
         """Paused; it ends with `workers`."""
         with self._phase("measure"):
-            opened = self.trial.open("baseline", Kind.CHECKPOINT, self.plan.checkpoint.folder)
+            folder, gpus = self.plan.checkpoint.folder, self.plan.baseline_gpus
+            opened = self.trial.open("baseline", Kind.CHECKPOINT, folder, gpus)
         workers.enter_context(opened.worker)
         opened.worker.pause()
         return opened
@@ -259,7 +262,7 @@ class Run:
         self.baseline = Baseline(
             opened.load_seconds, opened.first_seconds, opened.peak_memory,
             self._roofs(seconds, plan.checkpoint.dtype, plan.checkpoint.weight_bytes) if seconds else (),
-            self._throughput("baseline", opened.worker), plan.baseline_memory,
+            self._throughput("baseline", opened.worker), plan.baseline_memory, plan.baseline_gpus,
         )  # fmt: skip
 
     def _throughput(self, name: str, worker: WorkerProcess) -> Throughput | None:

@@ -17,9 +17,9 @@ from optimize.models.images import encode_sample
 from optimize.passes._cuda_graphs import fitting, shapes_of, widened
 from optimize.passes.compile_cuda import CompileCuda
 from optimize.pipeline.calls import call_of
-from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Dimensions, Form, Kind, Target
+from optimize.pipeline.contract import SPREAD, Artifact, Cell, Checkpoint, Context, Dimensions, Form, Kind, Target
 from optimize.pipeline.driver import Request
-from optimize.pipeline.errors import ExitCode, RequestError
+from optimize.pipeline.errors import ExitCode, HostError, RequestError
 from optimize.pipeline.plan import make_plan
 from optimize.pipeline.toolchain_files import Toolchain
 from optimize.pipeline.toolchains import Toolchains
@@ -133,8 +133,20 @@ def test_a_plan_spreads_a_model_over_as_many_gpus_as_it_takes(tmp_path: Path, mo
     assert [each.recipe.name for each in smaller.recipes] == names[2:]
     reasons = {each.recipe.name: each.reason for each in smaller.left_out}
     assert "GiB of each of its GPUs" in reasons["vllm-bf16"] and "34.0 are free" in reasons["vllm-bf16"]
-    with pytest.raises(RequestError, match="float32 reference needs about"):
-        planned(replace(h200, gpu_memory=24 << 30))
+    divided = planned(replace(h200, gpu_memory=24 << 30))  # the reference lies on all of them
+    assert (divided.reference_gpus, divided.baseline_gpus) == (4, 1) and (plan.reference_gpus, plan.baseline_gpus) == (
+        1,
+        1,
+    )
+    assert "GiB of a GPU for either, the layers of the reference over 4" in divided.describe()
+    assert [each.recipe.name for each in divided.recipes] == ["eager-bf16-tp4"]
+    least = planned(replace(h200, gpu_memory=15 << 30))
+    assert (least.reference_gpus, least.baseline_gpus) == (4, 4)
+    assert "the layers of the reference and the baseline over 4" in least.describe()
+    with pytest.raises(RequestError, match=r"float32 reference needs about .* GiB of GPU memory on each of 4, and"):
+        planned(replace(h200, gpu_memory=8 << 30))
+    with pytest.raises(RequestError, match=r"float32 reference needs about .* GiB of GPU memory, and the baseline"):
+        planned(replace(h200, gpu_memory=24 << 30, gpus=1))
     shared = planned(replace(h200, gpu_used=106 << 30))  # another process is on the card
     assert [each.recipe.name for each in shared.recipes] == names[2:]
     assert "140 GiB (106.0 of it held by others)" in shared.describe()
@@ -213,6 +225,23 @@ def test_what_a_device_times_is_its_own() -> None:
     call = call_of(Session(), {"input_ids": np.array([[1]]), "other": np.array([[2]])})
     assert call.timed() == (0.25,)
     assert call.run()["answer"].tolist() == [[2]]
+
+
+@pytest.mark.skipif(HERE, reason="here is a GPU")
+def test_what_gpus_do_not_hold_is_not_put_elsewhere(tiny: Path) -> None:
+    with pytest.raises(HostError, match="do not hold the model"):
+        open_session(Kind.CHECKPOINT, tiny, TASK, 1, device=SPREAD)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="here are no two GPUs")
+def test_layers_over_all_gpus_answer_as_on_one(make_language_model: MakeCheckpoint) -> None:
+    model, prompts = make_language_model(num_hidden_layers=8), [np.arange(3, 9), np.arange(5, 8)]
+    one: Any = open_session(Kind.CHECKPOINT, model, "text-generation", 1, device="cuda")
+    all_of_them: Any = open_session(Kind.CHECKPOINT, model, "text-generation", 1, device=SPREAD)
+    assert len({weight.device for weight in all_of_them.model.parameters()}) > 1
+    np.testing.assert_allclose(all_of_them.logits(prompts[0], 3), one.logits(prompts[0], 3), atol=1e-3)
+    np.testing.assert_array_equal(all_of_them.generate(prompts, 5).tokens, one.generate(prompts, 5).tokens)
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from transformers import StoppingCriteria
 from optimize.models.loading import is_quantized, load_model
 from optimize.models.tasks import TASKS
 from optimize.passes.compile_generate import COMPILING
-from optimize.pipeline.contract import Array, Batch, Form, Generation, Layers
+from optimize.pipeline.contract import SPREAD, Array, Batch, Form, Generation, Layers
 from optimize.targets.runtimes import weights_key
 from optimize.targets.runtimes.packing import pack_int4
 from optimize.targets.runtimes.tensors import to_numpy, to_torch
@@ -148,6 +148,7 @@ def end_nowhere(model: Any) -> None:
 def open_session(path: Path, task: str, cores: int, device: str = "cpu") -> EagerSession:
     torch.set_num_threads(cores)
     model = load_model(path, task, device=device)
+    device = "cuda" if device == SPREAD else device  # where inputs go: the first of them
     if device != "cpu" and not TASKS[task].generates:
         from optimize.targets.runtimes.cuda import CudaSession
 

@@ -63,6 +63,9 @@ def gpu_memory(kind: Kind, checkpoint: Checkpoint, workload: Sequence[Cell], sha
     working = _working(checkpoint, workload) * width // 4
     if kind is Kind.CUDA_GRAPHS:
         working += width * _captured(checkpoint, workload)
+    if kind is Kind.CHECKPOINT and shards > 1:  # whole layers lie on each, and all logits on the last
+        layer = weights // max(checkpoint.dimensions.layers, 1)
+        return GPU_REST + weights // shards + layer + working
     if kind is Kind.TENSOR_PARALLEL:  # each has all logits; not every transformers cuts embeddings
         embeddings = width * checkpoint.dimensions.vocabulary * checkpoint.dimensions.hidden
         return GPU_REST + weights // shards + embeddings + working
