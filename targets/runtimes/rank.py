@@ -18,7 +18,7 @@ import transformers
 
 from optimize.models.loading import load_model
 from optimize.pipeline.errors import HostError, OptimizeError
-from optimize.targets.runtimes.eager import EagerGenerator
+from optimize.targets.runtimes.eager import EagerGenerator, end_nowhere
 from optimize.targets.runtimes.ranks import TOLD
 
 
@@ -36,8 +36,7 @@ def open_shards(path: str, task: str, threads: int, device: str, store: str, lim
         timeout=timedelta(seconds=limit), device_id=place,
     )  # fmt: skip
     model = load_model(Path(path), task, shards=count)
-    model.generation_config.eos_token_id = None  # as the eager model, which it is timed against
-    model.generation_config.pad_token_id = 0
+    end_nowhere(model)
     return EagerGenerator(model, str(place or "cpu"))
 
 
