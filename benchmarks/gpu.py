@@ -59,6 +59,23 @@ def vit(folder: Path, tokenizer: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
+def whisper(folder: Path, tokenizer: Path) -> None:
+    """Whisper-base's shape in float16, its weights large enough that what is written depends on what is heard."""
+    import torch
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder")
+             for name, size in (("layers", 6), ("attention_heads", 8), ("ffn_dim", 2048))}  # fmt: skip
+    model = WhisperForConditionalGeneration(WhisperConfig(d_model=512, suppress_tokens=None, **sizes)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1 and "embed" not in name:
+                weight.mul_(2)
+    _save(model.half(), folder, tokenizer)
+    WhisperFeatureExtractor().save_pretrained(folder)
+
+
 def llama(folder: Path, tokenizer: Path, **sizes: int) -> None:
     """Llama 3.2 1B's shape in bfloat16, with a smaller vocabulary: 1.04 billion parameters; or other sizes."""
     import torch
@@ -89,6 +106,8 @@ def _save(model: Any, folder: Path, tokenizer: Path) -> None:
 
 
 CUDA_GRAPHS = ("compile-cuda{compile=false}", "compile-cuda")
+SPEECH = ("graphs-fp16", "compiled-fp16")
+LLAMA = ("graphs-bf16", "compiled-bf16")
 VLLM = ("vllm-bf16", "vllm-fp8")
 QUANTIZED = ("vllm-fp8", "vllm-fp8-static", "vllm-int8", "vllm-int4")
 SEVEN = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
@@ -96,6 +115,8 @@ TOGETHER = ("vllm-bf16", "vllm-bf16-tp2", "vllm-bf16-x2")
 ROWS = {
     "bert-base": Row(bert, "1x128,8x128,32x128", CUDA_GRAPHS, options=("--task", "feature-extraction")),
     "vit-base": Row(vit, "1,32", CUDA_GRAPHS),
+    "whisper-base": Row(whisper, "1+64,8+64", SPEECH),
+    "llama-1b-captured": Row(llama, "1x64+16,8x64+16,256x64+16", LLAMA),
     "llama-1b": Row(llama, "1x64+16,8x64+16,256x64+16", VLLM),
     "llama-1b-quantized": Row(llama, "1x64+16,8x64+16,256x64+16", QUANTIZED),
     "smollm2": Row(smollm2, "1x64+16,8x64+16", VLLM),

@@ -37,7 +37,10 @@ What has no line above is not in this version. What is, but was never run, or on
 |---|---|
 | target `gpu` | text encoders and `serve-vllm`: run on an H100; autotuned kernels: not run |
 | GPU memory: measured, and run out of | with a stand-in for the driver, and errors that tests raise; not on a GPU |
+| `compile-cuda` of images, language, speech models | on a processor, uncaptured, and compiled; captured: not run |
 | target `multi-gpu` | written; run with two processes of vLLM on a processor alone (tensor parallel, and two copies) |
+| `shard-tensors` | run with two processes on a processor (gloo; transformers 5.17 and 5.23); on GPUs (NCCL): not run |
+| the eager model over several GPUs | where one does not hold it: written; its plan is tested, never run |
 | `quantize-llm-compressor` | int8 and int4 (GPTQ) on a processor; fp8, AWQ, and all of it on a GPU: not run |
 | vLLM | 0.24 on an H100, 0.32 on a processor; fp8 judged there, not timed; its lock was not installed |
 | TensorRT-LLM | `build-tensorrt-llm` is written after its source; only run against a stand-in for it |

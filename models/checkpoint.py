@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import math
 import os
@@ -224,15 +225,37 @@ def _architecture(folder: Path, config: Mapping[str, Any]) -> str:
 
 def compiles_whole(architecture: str, model_type: str) -> bool:
     """Whether transformers says of an architecture that one step with a static cache compiles into one graph."""
-    return any("_can_compile_fullgraph = True" in text for text in _definitions(architecture, model_type))
+    return any("_can_compile_fullgraph = True" in text for _, text in _definitions(architecture, model_type))
+
+
+def parallel_plan(architecture: str, model_type: str) -> dict[str, str]:
+    """Which layers transformers shares out over the processes of a group, and how, by their names in the model; empty
+    for an architecture that it has no tensor parallel plan for.
+    """
+    for path, _ in _definitions(architecture, model_type):
+        for beside in sorted(path.parent.glob("configuration_*.py")):
+            for each in ast.parse(beside.read_text(encoding="utf-8")).body:
+                found = _class_variables(each)
+                named, plan = found.get("model_type"), found.get("base_model_tp_plan")
+                if isinstance(named, ast.Constant) and named.value == model_type and isinstance(plan, ast.Dict):
+                    pairs = zip(plan.keys, plan.values, strict=True)
+                    return {str(key.value): str(how.value) for key, how in pairs
+                            if isinstance(key, ast.Constant) and isinstance(how, ast.Constant)}  # fmt: skip
+    return {}
+
+
+def _class_variables(node: ast.stmt) -> dict[str, ast.expr]:
+    body = node.body if isinstance(node, ast.ClassDef) else []
+    given = (each for each in body if isinstance(each, ast.Assign))
+    return {name.id: each.value for each in given for name in each.targets if isinstance(name, ast.Name)}
 
 
 def _transformers_has(architecture: str, model_type: str) -> bool:
     return any(True for _ in _definitions(architecture, model_type))
 
 
-def _definitions(architecture: str, model_type: str) -> Iterator[str]:
-    """The text of transformers' files that define a class: importing it to ask would take seconds."""
+def _definitions(architecture: str, model_type: str) -> Iterator[tuple[Path, str]]:
+    """Transformers' files that define a class, with their text: importing it to ask would take seconds."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
         raise CheckpointError("transformers is not installed", hint="pip install transformers")
@@ -242,4 +265,4 @@ def _definitions(architecture: str, model_type: str) -> Iterator[str]:
     for path in (*likely, *models.glob("*/modeling_*.py")):
         text = path.read_text(encoding="utf-8")
         if definition.search(text) and not path.name.startswith(("modeling_tf_", "modeling_flax_")):
-            yield text
+            yield path, text

@@ -12,12 +12,15 @@ from typing import Any
 from optimize.models.casting import cast_weights
 from optimize.models.tasks import TASKS
 from optimize.models.weights import inspect_weights
-from optimize.pipeline.errors import CheckpointError
+from optimize.pipeline.contract import SPREAD
+from optimize.pipeline.errors import CheckpointError, HostError
 
 
-def load_model(folder: Path, task: str, dtype: str | None = None, device: str = "cpu") -> Any:
+def load_model(folder: Path, task: str, dtype: str | None = None, device: str = "cpu", shards: int = 1) -> Any:
     """The eager model in inference mode, in `dtype` (torch's spelling) or that of its weights, not of its config; one
-    that quantize-torchao made, in the dtype that it was made from. On another `device`, weights go there one by one.
+    that quantize-torchao made, in the dtype that it was made from. On another `device`, weights go there one by one. Of
+    `shards`, which are the processes of torch's default group, this one has its own, on the device that it has chosen.
+    With device SPREAD, layers lie on all GPUs, one after the other. Raises HostError where those do not hold them.
 
     safetensors only, no remote code, no network. Raises CheckpointError when the checkpoint lacks weights that the
     task needs: transformers would fill them with random numbers and go on. A pooler that was never trained is left out.
@@ -41,7 +44,13 @@ def load_model(folder: Path, task: str, dtype: str | None = None, device: str = 
         "trust_remote_code": False,
         "use_safetensors": True,
         "output_loading_info": True,
-    } | ({"device_map": device} if device != "cpu" else {})
+    }
+    if shards > 1:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(tp_size=shards)
+    elif device != "cpu":
+        options["device_map"] = device
     model, info = auto_class.from_pretrained(folder, **options)
     missing = sorted(info["missing_keys"])
     if missing and all("pooler." in name for name in missing):
@@ -52,6 +61,8 @@ def load_model(folder: Path, task: str, dtype: str | None = None, device: str = 
             f"the checkpoint has no weights for {', '.join(missing[:3])}: it was not trained for {task}",
             hint="name the task that it was trained for with --task",
         )
+    if device == SPREAD and any(weight.device.type != "cuda" for weight in model.parameters()):
+        raise HostError("the GPUs of this host do not hold the model", hint="leave more of their memory free")
     return model.eval()
 
 

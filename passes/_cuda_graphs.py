@@ -51,20 +51,40 @@ def widened(batch: Batch, shape: Shape, fill: int) -> dict[str, Array]:
     return found
 
 
+def prepared(path: Path, model: Any, inputs: dict[str, Any]) -> Any:
+    """What computes as a folder's settings have it: the model, its linear layers joined as they are called on `inputs`,
+    or what inductor makes of it; what it made before lies in the folder's cache.
+    """
+    import torch
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    settings = read_settings(path)
+    join_linears(model, inputs)
+    if not settings["compile"]:
+        return model
+    if (path / CACHE).is_file():
+        torch.compiler.load_cache_artifacts((path / CACHE).read_bytes())
+    dynamo.recompile_limit = 64
+    inductor.max_autotune = settings["autotune"]
+    return torch.compile(model, backend=fuse_gelu, dynamic=False, fullgraph=True)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Of a folder that is captured where it is opened."""
+    found: dict[str, Any] = json.loads((path / GRAPHS).read_text())
+    return found
+
+
 class Captured:
     """A model on the GPU with its graphs."""
 
     def __init__(self, path: Path, model: Any, task: str) -> None:
-        import torch
-
-        settings = json.loads((path / GRAPHS).read_text())
+        settings = read_settings(path)
         self.fill: int = settings["fill"]
         self.model = model
         self._sample = sample_inputs(path, task, str(model.dtype).removeprefix("torch."))
-        if (path / CACHE).is_file():
-            torch.compiler.load_cache_artifacts((path / CACHE).read_bytes())
-        join_linears(self.model, self._buffers((1,) * len(settings["shapes"][0])))
-        call = self._compiled(settings["autotune"]) if settings["compile"] else self.model
+        call = prepared(path, model, self._buffers((1,) * len(settings["shapes"][0])))
         self._graphs = {tuple(shape): self._capture(call, tuple(shape)) for shape in settings["shapes"]}
 
     @property
@@ -76,15 +96,6 @@ class Captured:
         """The smallest shape that takes such a batch, its graph, and its buffers for inputs and outputs; or None."""
         shape = fitting(self._graphs, batch[self.inputs[0]].shape)
         return None if shape is None else (shape, *self._graphs[shape])
-
-    def _compiled(self, autotune: bool) -> Any:
-        import torch
-        from torch._dynamo import config as dynamo
-        from torch._inductor import config as inductor
-
-        dynamo.recompile_limit = 64
-        inductor.max_autotune = autotune
-        return torch.compile(self.model, backend=fuse_gelu, dynamic=False, fullgraph=True)
 
     def _buffers(self, shape: Shape) -> dict[str, Any]:
         import torch

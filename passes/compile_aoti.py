@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS, MIB
+from optimize.pipeline.versions import EXPORTERS, why_older
 
 COMPILERS = 500 * MIB  # processes that it starts
 
@@ -32,7 +33,7 @@ class CompileAoti(Pass):
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         if shutil.which("g++") is None and shutil.which("clang++") is None:
             return "no C++ compiler on this host: install g++ or clang++"
-        return None
+        return why_older("transformers", EXPORTERS)
 
     def memory(self, checkpoint: Checkpoint) -> int:
         # the weights mapped, as the package's constants and in its archive; and compilers beside it

@@ -1,4 +1,4 @@
-"""compile-cuda: shapes at which an encoder is compiled and captured into CUDA graphs, with a warm compile cache."""
+"""compile-cuda: shapes at which a model is compiled and captured into CUDA graphs, with a warm compile cache."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from optimize.models.checkpoint import max_length, read_config
+from optimize.models.checkpoint import compiles_whole, max_length, read_config
 from optimize.models.loading import load_model
 from optimize.models.tasks import TASKS
-from optimize.passes._cuda_graphs import CACHE, GRAPHS, Captured, shapes_of
+from optimize.passes._captured_generation import CapturedGeneration, language_shapes, speech_shapes
+from optimize.passes._cuda_graphs import CACHE, GRAPHS, Captured, Shape, shapes_of
 from optimize.passes._links import link_checkpoint
-from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
 
 
@@ -21,15 +22,16 @@ from optimize.pipeline.memory import FRAMEWORKS
 class CompileCuda(Pass):
     """The checkpoint, and what whoever opens it captures: the cells of the workload, and one shape for all other text.
 
-    `compile` has inductor compile each shape, `autotune` also try kernels for its products, which takes minutes.
-    Without either the model's own kernels are captured. A batch is padded up to the smallest shape that takes it.
+    `compile` has inductor compile each shape (of a generation, its steps), `autotune` also try kernels for its
+    products, which takes minutes. Without either the model's own kernels are captured. A batch is padded up to the
+    smallest shape that takes it.
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, torch.compile
     """
 
     name: ClassVar = "compile-cuda"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.CUDA_GRAPHS
-    version: ClassVar = 2
+    version: ClassVar = 3
     tools: ClassVar = ("torch", "transformers")
     target_facts: ClassVar = ("device", "arch", "driver")
 
@@ -44,7 +46,9 @@ class CompileCuda(Pass):
         if not target.gpus:
             return "it is for NVIDIA GPUs, and here is none"
         if TASKS[checkpoint.task].generates:
-            return "it captures one forward pass: a language model's cache grows"
+            model_type = str(read_config(checkpoint.folder).get("model_type", ""))
+            if not compiles_whole(checkpoint.architecture, model_type):
+                return f"transformers has no {checkpoint.architecture} that keeps to a cache of fixed length"
         return None
 
     def memory(self, checkpoint: Checkpoint) -> int:
@@ -55,14 +59,18 @@ class CompileCuda(Pass):
 
         link_checkpoint(source, out)
         config = read_config(source.path)
-        shapes = shapes_of(context.workload, max_length(source.path, config))
+        shapes = _shapes(source.path, config, context)
         settings = {
             "shapes": shapes, "compile": self.compile, "autotune": self.autotune,
             "fill": config.get("pad_token_id") or 0,
         }  # fmt: skip
         (out / GRAPHS).write_text(json.dumps(settings))
         begun = time.perf_counter()
-        Captured(out, load_model(source.path, context.task, device="cuda"), context.task)
+        model = load_model(source.path, context.task, device="cuda")
+        if TASKS[context.task].generates:
+            CapturedGeneration(out, model)
+        else:
+            Captured(out, model, context.task)
         seconds = time.perf_counter() - begun
         saved = torch.compiler.save_cache_artifacts() if self.compile else None
         if saved is not None:
@@ -72,3 +80,12 @@ class CompileCuda(Pass):
     def ensures(self, out: Path) -> None:
         if not json.loads((out / GRAPHS).read_text())["shapes"]:
             raise ValueError("no shape was captured")
+
+
+def _shapes(folder: Path, config: dict[str, Any], context: Context) -> list[Shape]:
+    form = TASKS[context.task].form
+    if form is Form.PROMPTS:
+        return language_shapes(context.workload)
+    if form is Form.CLIPS:
+        return speech_shapes(context.workload, folder)
+    return shapes_of(context.workload, max_length(folder, config))

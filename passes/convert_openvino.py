@@ -13,8 +13,9 @@ from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
 from optimize.models.tasks import TASKS
 from optimize.passes._openvino_rewrites import spell_out_repeats
 from optimize.passes._openvino_speech import ENCODER, save_speech_model
-from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS, MIB
+from optimize.pipeline.versions import EXPORTERS, why_older
 
 IR = "openvino_model.xml"
 EXACT_CACHE = {"KV_CACHE_PRECISION": "f32"}  # of speech: OpenVINO's own choice moved logits by 0.3% of the largest
@@ -43,6 +44,9 @@ class ConvertOpenvino(Pass):
     @property
     def arithmetic(self) -> str | None:
         return "float32"
+
+    def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
+        return why_older("transformers", EXPORTERS)
 
     def memory(self, checkpoint: Checkpoint) -> int:
         # the weights mapped: the traced program, the graph and the file that is written share them

@@ -8,15 +8,17 @@ from typing import Any, ClassVar, Literal
 
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
 from optimize.passes._onnx import GRAPH, read_graph
-from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
+from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
+from optimize.pipeline.versions import EXPORTERS, why_older
 
 
 @dataclass(frozen=True)
 class ExportOnnx(Pass):
-    """A graph in `dtype`; `fused` rewrites it into ONNX Runtime's own operators, which only ONNX Runtime can run.
+    """A graph in `dtype`; `fused` rewrites it into ONNX Runtime's own operators, which only ONNX Runtime can run: those
+    of its `provider` for processors, or for CUDA, which has attention as one.
 
-    In 16 bits it is for TensorRT, which computes in the types that the graph has.
+    In 16 bits it is for GPUs, whose providers compute in the types that the graph has.
     Source: https://huggingface.co/docs/transformers (exporters), https://onnx.ai/onnx/operators
     """
 
@@ -28,11 +30,15 @@ class ExportOnnx(Pass):
 
     opset: int = 20
     fused: bool = False
+    provider: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     @property
     def arithmetic(self) -> str | None:
         return self.dtype
+
+    def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
+        return why_older("transformers", EXPORTERS)
 
     def memory(self, checkpoint: Checkpoint) -> int:
         return FRAMEWORKS + 2 * 4 * checkpoint.parameters
@@ -50,7 +56,7 @@ class ExportOnnx(Pass):
             dynamic=True,
             dynamic_shapes=dynamic_shapes(source.path, inputs),
             opset_version=self.opset,
-            ort_fusions="cpu" if self.fused else None,
+            ort_fusions=self.provider if self.fused else None,
         )
         exported = OnnxExporter().export(model, inputs, config=config)
         OnnxExporter.save_program(exported.program, out / GRAPH)

@@ -64,7 +64,7 @@ class ServeVllm(Pass):
     def placement(self) -> Placement:
         return Placement(self.gpus, self.replicas)
 
-    def on_one_gpu(self) -> Pass:
+    def on_one_gpu(self) -> Pass | None:
         return replace(self, gpus=1, replicas=1)
 
     @property

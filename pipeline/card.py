@@ -62,11 +62,14 @@ def model_card(report: Report, winner: Candidate) -> str:
     assert winner.speed is not None
     checkpoint, host = report.checkpoint, report.host
     base = f"base_model: {checkpoint.model_id}\n" if checkpoint.revision else ""  # a folder's name is no hub id
+    gpus = report.baseline.gpus if report.baseline else 1
+    over = f", its layers over {gpus} GPUs," if gpus > 1 else ""
     revision = f" at `{checkpoint.revision}`" if checkpoint.revision else ""
     asked = report.evaluation.questions  # of a language model, which then has metrics on other data than the text
     accuracy = accuracy_text(winner) if asked is None else str(winner.accuracy)
     metrics = winner.accuracy.metrics if winner.accuracy and asked else ()
     answers = "".join(f"- {metric}, on {metric.examples} {metric.unit} of {asked}\n" for metric in metrics)
+    weights = f" of {', '.join(cell.weighted for cell in report.workload)}" if _are_weighted(report) else ""
     cells = _generation_table(winner.speed) if winner.speed.cells[0].rest else _table(winner.speed)
     return f"""---
 {base}pipeline_tag: {checkpoint.task}
@@ -84,9 +87,9 @@ On {host.target.device} ({host.target.cores} cores), {report.created}:
 
 - {accuracy}, against the float32 model on {winner.accuracy.examples if winner.accuracy else 0} examples
   of {report.evaluation.source}; the gate was a drop of at most {report.gates.max_drop:g}.
-{answers}- {winner.speed.overall} times the speed of the eager {checkpoint.dtype} model (99% interval, geometric
-  mean), measured while {winner.speed.noise or "nothing was noted"}; other work of up to {report.gates.max_load:.0%} was
-  allowed:
+{answers}- {winner.speed.overall} times the speed of the eager {checkpoint.dtype} model{over} (99% interval, geometric
+  mean{weights}), measured while {winner.speed.noise or "nothing was noted"}; other work of up to
+  {report.gates.max_load:.0%} was allowed:
 
 {cells}
 
@@ -96,6 +99,10 @@ On {host.target.device} ({host.target.cores} cores), {report.created}:
 ## How to run it
 
 {_how_to_run(report, winner)}"""
+
+
+def _are_weighted(report: Report) -> bool:
+    return any(cell.weight > 1 for cell in report.workload)
 
 
 def _how_to_run(report: Report, winner: Candidate) -> str:

@@ -49,7 +49,10 @@ def main_group() -> None:
     show_default=True,
     help="Share of the host that other work may take meanwhile.",
 )
-@click.option("--workload", help="Cells: batch x tokens, batch x prompt+new, images, clips+new. [default: the task's]")
+@click.option(
+    "--workload",
+    help="Cells: batch x tokens, batch x prompt+new, images, clips+new; *N to weigh one. [default: the task's]",
+)
 @click.option(
     "--budget", help="Time for measuring all candidates together. [default: 3m; for generation 10m, speech 5m]"
 )

@@ -28,6 +28,8 @@ class Word(str, Enum):
         return str.__format__(self, form)
 
 
+QUANTIZED = ("int8", "float8_e4m3fn")  # dtypes that products are quantized to
+SPREAD = "auto"  # in place of a device: all GPUs, as accelerate puts whole layers on them
 DEFAULT = "default"  # the toolchain that is this interpreter
 
 
@@ -47,6 +49,7 @@ class Kind(Word):
     TENSORRT = "tensorrt"  # model.engine, and what its builder says of it
     TENSORRT_RTX = "tensorrt-rtx"  # the same, compiled to the end by the driver of the GPU that runs it
     CUDA_GRAPHS = "cuda-graphs"  # a checkpoint, and graphs.json: the shapes that it is captured at where it is opened
+    TENSOR_PARALLEL = "tensor-parallel"  # a checkpoint, and tensor_parallel.json: how many processes share its layers
     VLLM = "vllm"  # a checkpoint, serve.yaml for `vllm serve`, and vllm.json: what it was measured with
     TENSORRT_LLM = "tensorrt-llm"  # engines, or a quantized checkpoint; and what runs it must know
 
@@ -199,9 +202,16 @@ class Cell:
     batch: int
     sequence: int = 0  # tokens, all of them real; of a generation, those of the prompt; 0 of images and clips
     new: int = 0  # tokens that are generated for each prompt; 0 is one forward pass
+    weight: int = 1  # in the mean over all cells; what is built does not depend on it
 
     def __str__(self) -> str:
+        """Without its weight."""
         return f"{self.batch}" + (f"x{self.sequence}" if self.sequence else "") + (f"+{self.new}" if self.new else "")
+
+    @property
+    def weighted(self) -> str:
+        """As it was asked for."""
+        return str(self) if self.weight == 1 else f"{self}*{self.weight}"
 
     @property
     def form(self) -> Form:
@@ -275,8 +285,8 @@ class Pass(ABC):
         """On which GPUs what it makes runs."""
         return Placement()
 
-    def on_one_gpu(self) -> Pass:
-        """The same pass, but that what it makes runs on one GPU."""
+    def on_one_gpu(self) -> Pass | None:
+        """The same pass, but that what it makes runs on one GPU; None where it is left out then."""
         return self
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
@@ -337,8 +347,9 @@ class Recipe:
         return None
 
     def arithmetic(self, dtype: str) -> str:
-        """The dtype that its matrix products run in, for a checkpoint of that dtype."""
-        return next(filter(None, (step.arithmetic for step in reversed(self.passes))), dtype)
+        """The dtype that its matrix products run in, for a checkpoint of that dtype. What was quantized stays so."""
+        chosen = [dtype, *filter(None, (step.arithmetic for step in self.passes))]
+        return next((each for each in chosen if each in QUANTIZED), chosen[-1])
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from optimize.pipeline.versions import installed_version, ollama_version
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-SCHEMA_VERSION = "2.6"
+SCHEMA_VERSION = "2.8"
 FILE = "optimize.json"
 REPORT = "report.json"  # in a run's folder
 RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers",
@@ -73,8 +73,9 @@ class Baseline:
     roofs: tuple[Roof, ...] = ()  # of the cells
     throughput: Throughput | None = None
     predicted_memory: int | None = None  # bytes, by the plan, also while it reads all text
+    gpus: int = 1  # over which its layers lie
     gpu_memory: GpuMemory | None = None  # held when every cell had been run
-    predicted_gpu_memory: int | None = None  # bytes of the GPU, by the plan, also while it reads all text
+    predicted_gpu_memory: int | None = None  # bytes of each GPU, by the plan, also while it reads all text
 
 
 @dataclass(frozen=True)

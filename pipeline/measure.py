@@ -66,7 +66,7 @@ class CellSpeed:
 
 @dataclass(frozen=True)
 class Speed:
-    """A candidate against the baseline over the whole workload. `overall` is the geometric mean of the cells."""
+    """A candidate against the baseline. `overall` is the geometric mean of the cells, each by its weight."""
 
     overall: Interval
     cells: tuple[CellSpeed, ...]
@@ -128,7 +128,9 @@ def summarize(raw: Samples, cells: Sequence[Cell]) -> Speed:
         parts = (phase(column + 1), phase(column + 2)) if cell.new else (None, None)
         stated = percentiles(_calls(raw, column, (1, 2)))
         speeds.append(CellSpeed(cell, whole.speedup, whole.baseline_seconds, whole.seconds, stated, *parts))
-    overall = ratio_interval([math.fsum(quad[column] for column in wholes) / len(wholes) for quad in ratios])
+    total = sum(cell.weight for cell in cells)
+    means = [math.fsum(c.weight * quad[at] for c, at in zip(cells, wholes, strict=True)) / total for quad in ratios]
+    overall = ratio_interval(means)
     return Speed(overall, tuple(speeds), len(raw))
 
 

@@ -27,6 +27,7 @@ class Need:
     build: int = 0
     run: int = 0
     gpu: int = 0  # bytes of each GPU that its artifact runs on
+    gpus: int = 1  # that share it, of the eager model: more where one does not hold it
 
     def beside(self, baseline: int) -> int:
         """Bytes of all processes at once. The baseline is closed for building where both do not fit."""

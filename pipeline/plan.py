@@ -24,6 +24,7 @@ WORKLOADS = {Form.TOKENS: "1x32,8x128", Form.PROMPTS: "1x32+32,1x512+16", Form.I
              Form.CLIPS: "1+32,4+32"}  # fmt: skip
 PARTS = {"BATCH": "batch", "TOKENS": "sequence", "PROMPT": "sequence", "NEW": "new"}  # of a form, and fields of a cell
 IDLE = 2 << 30  # bytes of a GPU that its driver may hold for itself
+MAX_WEIGHT = 1000
 MAX_TOKENS = 1 << 20  # in one cell: more is a typing error, and would only end in an out-of-memory kill
 
 # bytes that running an artifact of that kind takes; the checkpoint's weight_bytes are the artifact's
@@ -91,13 +92,25 @@ class Plan:
     baseline_memory: int = 0  # the same of the baseline's
     environments: Mapping[str, Environment] = field(default_factory=dict)  # by toolchain, of those that are used
     allow_archived: bool = False  # whether a recipe that is archived may be emitted
-    reference_gpu: int = 0  # bytes of the GPU that the reference takes at most, by estimate
+    reference_gpu: int = 0  # bytes of each GPU that the reference takes at most, by estimate
     baseline_gpu: int = 0  # the same of the baseline
+    reference_gpus: int = 1  # over which the reference's layers lie: more where one does not hold it
+    baseline_gpus: int = 1  # likewise
 
     def fits_beside_baseline(self, recipes: Iterable[PlannedRecipe]) -> bool:
         """Whether these can be built while the baseline is kept in memory."""
         building = max((planned.need.build for planned in recipes), default=0)
         return DRIVER + self.baseline_memory + building <= self.target.memory
+
+    def _eager_on_gpus(self) -> str:
+        """Of the line about memory."""
+        eager = max(self.reference_gpu, self.baseline_gpu)
+        if not eager:
+            return ""
+        gpus = {"the reference": self.reference_gpus, "the baseline": self.baseline_gpus}
+        spread = " and ".join(name for name, count in gpus.items() if count > 1)
+        each = f"; about {gib(eager)} GiB of {'a' if spread else 'the'} GPU for either"
+        return f"{each}, the layers of {spread} over {self.target.gpus}" if spread else each
 
     def describe(self, store: Store | None = None) -> str:
         """The plan as text: what golden tests hold, and with a store, what is cached and what will be built."""
@@ -106,19 +119,17 @@ class Plan:
         generates = form in (Form.PROMPTS, Form.CLIPS)
         drop = "perplexity up by" if generates else "drop"
         revision = f"@{checkpoint.revision[:12]}" if checkpoint.revision else ""
-        eager_gpu = max(self.reference_gpu, self.baseline_gpu)
         lines = [
             f"checkpoint  {checkpoint.name}{revision} ({checkpoint.architecture}, {checkpoint.task}, "
             f"{checkpoint.parameters / 1e6:.1f} M parameters, {checkpoint.dtype})",
             f"target      {self.target.name}: {self.target.device}, {_what_it_has(self.target)}",
-            f"workload    {', '.join(map(str, self.workload))} ({form.words}), "
+            f"workload    {', '.join(cell.weighted for cell in self.workload)} ({form.words}), "
             f"timed for about {self.budget:.0f} s, longer on a slow host",
             f"evaluation  {self.evaluation}",
             f"gates       {drop} at most {gates.max_drop:g}, speedup above {gates.min_speedup:g}, "
             f"foreign load at most {gates.max_load:g}",
             f"memory      about {gib(self.reference_memory)} GiB for the reference, {gib(self.baseline_memory)} for the"
-            " baseline, which runs beside each candidate"
-            + (f"; about {gib(eager_gpu)} GiB of the GPU for either" if eager_gpu else ""),
+            " baseline, which runs beside each candidate" + self._eager_on_gpus(),
             "",
         ]
         width = max((len(planned.recipe.name) for planned in self.recipes), default=0)
@@ -175,19 +186,27 @@ def make_plan(
     cells = parse_workload(workload, checkpoint.max_length, form)
     source_key = checkpoint_key(checkpoint)
 
-    def with_keys(recipe: Recipe) -> PlannedRecipe:
+    free = target.gpu_memory - target.gpu_used
+
+    def with_keys(recipe: Recipe, shards: int | None = None) -> PlannedRecipe:
         environments = _environments(recipe, toolchains)
         return _planned(
-            recipe, source_key, checkpoint, target, calibration_digest, cells, running_memory, gpu_memory, environments
-        )
+            recipe, source_key, checkpoint, target, calibration_digest, cells, running_memory, gpu_memory, environments,
+            shards or recipe.placement.shards,
+        )  # fmt: skip
+
+    def eager_model(text: str) -> PlannedRecipe:
+        """On one GPU; where that does not hold it, with its layers over all of them."""
+        one = with_keys(parse(text))
+        return one if one.need.gpu <= free or target.gpus < 2 else with_keys(parse(text), target.gpus)
 
     def why_not(recipe: Recipe) -> str | None:
         return _reason(recipe, checkpoint, target, calibration_digest, toolchains)
 
     planned: list[PlannedRecipe] = []
     left_out: list[LeftOut] = []
-    reference = with_keys(parse("cast-dtype{dtype=float32}" if checkpoint.dtype != "float32" else UNCHANGED))
-    eager = with_keys(parse(UNCHANGED)).need
+    reference = eager_model("cast-dtype{dtype=float32}" if checkpoint.dtype != "float32" else UNCHANGED)
+    eager = eager_model(UNCHANGED).need
     baseline = eager.run
     _check_reference_fits(reference.need, eager, target)
     for recipe in recipes:
@@ -197,7 +216,7 @@ def make_plan(
             continue
         each = with_keys(recipe)
         large = why_too_large(each.need, baseline, target.memory)
-        if large := large or why_gpu_too_small(each.need, eager, target.gpu_memory - target.gpu_used):
+        if large := large or why_gpu_too_small(each.need, eager, free):
             left_out.append(LeftOut(recipe, large, too_large=True))
             continue
         planned.append(each)
@@ -216,7 +235,7 @@ def make_plan(
     return Plan(
         checkpoint, source_key, target, tuple(planned), tuple(left_out), cells, gates, budget, evaluation,
         calibration_digest, next(iter(reference.steps), None), reference.need.run, baseline, environments,
-        allow_archived, reference.need.gpu, eager.gpu,
+        allow_archived, reference.need.gpu, eager.gpu, reference.need.gpus, eager.gpus,
     )  # fmt: skip
 
 
@@ -230,6 +249,7 @@ def _planned(
     running_memory: RunningMemory,
     gpu_memory: GpuMemory,
     environments: Mapping[str, Environment],
+    shards: int,
 ) -> PlannedRecipe:
     """A recipe with its keys, and with the memory that its steps and its artifact take."""
     steps: list[Step] = []
@@ -244,8 +264,8 @@ def _planned(
         facts = replace(facts, weight_bytes=step.weight_bytes(facts), dtype=step.arithmetic or facts.dtype)
     running = running_memory(recipe.produces, facts, cells) + more
     archived = "; ".join(filter(None, (each.archived for each in environments.values())))
-    on_gpu = gpu_memory(recipe.produces, facts, cells, recipe.placement.shards) if target.gpus else 0
-    need = Need(max((step.memory for step in steps), default=0), running, on_gpu)
+    on_gpu = gpu_memory(recipe.produces, facts, cells, shards) if target.gpus else 0
+    need = Need(max((step.memory for step in steps), default=0), running, on_gpu, shards)
     return PlannedRecipe(recipe, tuple(steps), need, archived)
 
 
@@ -254,7 +274,8 @@ def _check_reference_fits(reference: Need, baseline: Need, target: Target) -> No
     free = target.gpu_memory - target.gpu_used
     if max(reference.gpu, baseline.gpu) > free:
         raise RequestError(
-            f"the float32 reference needs about {gib(reference.gpu)} GiB of GPU memory, and the baseline "
+            f"the float32 reference needs about {gib(reference.gpu)} GiB of GPU memory"
+            f"{f' on each of {reference.gpus}' if reference.gpus > 1 else ''}, and the baseline "
             f"{gib(baseline.gpu)}; {free / GIB:.1f} are free",
             hint="run on a GPU with more, or give a smaller --workload or checkpoint: no recipe is judged without it",
         )
@@ -267,14 +288,16 @@ def _check_reference_fits(reference: Need, baseline: Need, target: Target) -> No
 
 
 def parse_workload(text: str, max_length: int, form: Form = Form.TOKENS) -> tuple[Cell, ...]:
-    """Read cells of that form, such as `1x32,8x128`. Raises RequestError for what cannot be run."""
-    pattern = re.sub("[A-Z]+", lambda part: rf"(?P<{PARTS[part[0]]}>\d+)", re.escape(form))
+    """Read cells of that form, such as `1x32*9,8x128`. Raises RequestError for what cannot be run."""
+    pattern = re.sub("[A-Z]+", lambda part: rf"(?P<{PARTS[part[0]]}>\d+)", re.escape(form)) + r"(\*(?P<weight>\d+))?"
     cells: list[Cell] = []
     for part in text.split(","):
         match = re.fullmatch(pattern, part.strip(), re.ASCII)
         if match is None:
             raise RequestError(f"--workload: {part!r} is not {form}", hint=f"for example {WORKLOADS[form]}")
-        cell = Cell(**{name: int(number) for name, number in match.groupdict().items()})
+        cell = Cell(**{name: int(number) for name, number in match.groupdict().items() if number})
+        if not 0 < cell.weight <= MAX_WEIGHT:
+            raise RequestError(f"--workload: {part.strip()}: a weight is a whole number from 1 to {MAX_WEIGHT}")
         if form in (Form.PROMPTS, Form.CLIPS) and cell.new < 2:
             raise RequestError(f"--workload: {cell}: at least 2 new tokens, to tell the first from the rest")
         if form in (Form.IMAGES, Form.CLIPS) and cell.batch < 1:
@@ -288,8 +311,8 @@ def parse_workload(text: str, max_length: int, form: Form = Form.TOKENS) -> tupl
             )
         if cell.tokens > MAX_TOKENS:
             raise RequestError(f"--workload: {cell} is more than {MAX_TOKENS} tokens in one call")
-        if cell in cells:
-            raise RequestError(f"--workload: {cell} is given twice")
+        if str(cell) in map(str, cells):
+            raise RequestError(f"--workload: {cell} is given twice", hint=f"to have it count twice: {cell}*2")
         cells.append(cell)
     return tuple(cells)
 

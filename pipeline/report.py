@@ -105,7 +105,15 @@ def _table(report: Report, *, wide: bool) -> object:
     workload = report.workload if wide or len(report.workload) > 1 else ()
     named = ("ppl", "KL") if report.evaluation.meaning is Meaning.NEXT else ("cosine", "worst")
     gpu = ["GPU\nMiB"] if report.host.target.gpus else []
-    titles = [named[0], *([named[1]] if wide else []), *map(str, workload), "overall", *gpu, "mem\nMiB", "size\nMiB"]
+    titles = [
+        named[0],
+        *([named[1]] if wide else []),
+        *(cell.weighted for cell in workload),
+        "overall",
+        *gpu,
+        "mem\nMiB",
+        "size\nMiB",
+    ]
     table.add_column("recipe", no_wrap=True)
     rate = "images" if report.workload[0].form is Form.IMAGES else "tokens"
     for title in (*titles, *(WIDE_TITLES if wide else [])):

@@ -172,7 +172,9 @@ class Run:
             same = self.plan.reference is None
             if DRIVER + FRAMEWORKS + self.plan.reference_memory > self.plan.target.memory:
                 self._builder.end()
-            opened = self.trial.open("baseline" if same else "reference", Kind.CHECKPOINT, artifact.path)
+            opened = self.trial.open(
+                "baseline" if same else "reference", Kind.CHECKPOINT, artifact.path, self.plan.reference_gpus
+            )
             with ExitStack() as stack:
                 stack.enter_context(opened.worker)
                 outputs = {
@@ -247,7 +249,8 @@ class Run:
         """Paused; it ends with `workers`."""
         try:
             with self._phase("measure"):
-                opened = self.trial.open("baseline", Kind.CHECKPOINT, self.plan.checkpoint.folder)
+                folder, gpus = self.plan.checkpoint.folder, self.plan.baseline_gpus
+                opened = self.trial.open("baseline", Kind.CHECKPOINT, folder, gpus)
         except WorkerError as error:
             if error.kind != "memory":
                 raise
@@ -307,9 +310,10 @@ class Run:
 
     def _costs(self, opened: Opened, found: tuple[Roof, ...] = (), throughput: Throughput | None = None) -> Baseline:
         """Of the baseline."""
+        plan = self.plan
         return Baseline(
-            opened.load_seconds, opened.first_seconds, opened.peak_memory, found, throughput,
-            self.plan.baseline_memory, opened.gpu_memory, self.plan.baseline_gpu or None,
+            opened.load_seconds, opened.first_seconds, opened.peak_memory, found, throughput, plan.baseline_memory,
+            plan.baseline_gpus, opened.gpu_memory, plan.baseline_gpu or None,
         )  # fmt: skip
 
     def _throughput(self, name: str, worker: WorkerProcess) -> Throughput | None:

@@ -27,7 +27,8 @@ class Scaling:
 def alone(recipe: Recipe) -> str:
     """The text of a recipe as it would be on one GPU."""
     *before, last = recipe.passes
-    return recipe_text(Recipe("", (*before, last.on_one_gpu())))
+    one = last.on_one_gpu()
+    return recipe_text(Recipe("", tuple(before) if one is None else (*before, one)))
 
 
 def scalings(timed: Mapping[str, tuple[str, Speed]], recipes: Iterable[Recipe]) -> dict[str, Scaling]:
@@ -38,7 +39,7 @@ def scalings(timed: Mapping[str, tuple[str, Speed]], recipes: Iterable[Recipe]) 
     for recipe in recipes:
         if (gpus := recipe.placement.gpus) > 1:
             text, one = recipe_text(recipe), alone(recipe)
-            if text in timed and one in timed:
+            if one != text and text in timed and one in timed:
                 found[text] = scaling(*timed[one], timed[text][1], gpus)
     return found
 

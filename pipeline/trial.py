@@ -12,7 +12,7 @@ from typing import Any
 
 from optimize.pipeline.accuracy import Accuracy, compare_outputs, why_rejected, why_unsteady
 from optimize.pipeline.batches import load_batches
-from optimize.pipeline.contract import Cell, Gates, Kind, Labelling, Meaning
+from optimize.pipeline.contract import SPREAD, Cell, Gates, Kind, Labelling, Meaning
 from optimize.pipeline.errors import OutputError, WorkerError
 from optimize.pipeline.gpus import GpuMemory
 from optimize.pipeline.language import IDS, LanguageAccuracy, compare_language, why_language_rejected
@@ -77,15 +77,18 @@ class Trial:
             report.host.target.device_type, gpus=report.host.target.gpus,
         )  # fmt: skip
 
-    def open(self, name: str, kind: Kind, path: Path) -> Opened:
-        """Open an artifact in a new worker. Raises WorkerError, and leaves no process behind then."""
+    def open(self, name: str, kind: Kind, path: Path, gpus: int = 1) -> Opened:
+        """Open an artifact in a new worker; a checkpoint's layers may lie over several GPUs, one after the other.
+
+        Raises WorkerError, and leaves no process behind then.
+        """
         log, environment = self.scratch / "logs" / f"{name}.log", self.environments.get(kind.toolchain)
         worker = WorkerProcess(log, environment, self.gpus)
         try:
             took = worker.ask(
                 "open", limit=STEP_LIMIT, progress=self.tick, kind=kind, path=str(path), task=self.task,
                 cores=self.cores, cells=str(self.inputs / f"{CELLS}.npz"), tokenizer=str(self.tokenizer),
-                device=self.device, names=list(map(str, self.workload)),
+                device=SPREAD if gpus > 1 else self.device, names=list(map(str, self.workload)),
             )  # fmt: skip
         except BaseException:
             worker.close()

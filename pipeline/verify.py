@@ -123,7 +123,8 @@ def _speed(trial: Trial, manifest: Manifest, worker: object, budget: float) -> t
     checkpoint = find_checkpoint(manifest.report.checkpoint)
     if checkpoint is None:
         return None, f"the checkpoint {manifest.report.checkpoint.model_id} is not on this host"
-    with trial.open("baseline", Kind.CHECKPOINT, checkpoint).worker as baseline:
+    was = manifest.report.baseline
+    with trial.open("baseline", Kind.CHECKPOINT, checkpoint, was.gpus if was else 1).worker as baseline:
         baseline.pause()
         speed, _ = compare(baseline, worker, trial.workload, budget, trial.gates.max_load)  # type: ignore[arg-type]
     return speed, None

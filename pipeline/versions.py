@@ -9,6 +9,8 @@ import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
+EXPORTERS = "5.23"  # of transformers: whose exporters give programs of one kind
+
 
 @cache
 def installed_version(distribution: str) -> str | None:
@@ -17,6 +19,16 @@ def installed_version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def why_older(distribution: str, least: str) -> str | None:
+    """Why an installed distribution is too old for something; None where it is not, or is not there at all."""
+    from packaging.version import Version
+
+    found = installed_version(distribution)
+    if found is None or Version(found) >= Version(least):
+        return None
+    return f"it needs {distribution} {least} or newer, and {found} is installed: pip install '{distribution}>={least}'"
 
 
 @cache

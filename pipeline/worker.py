@@ -118,10 +118,10 @@ class Worker:
         self._session = open_session(Kind(kind), Path(path), task, cores, Path(tokenizer), device)
         loaded = time.perf_counter()
         self._cells = [call_of(self._session, batch) for batch in batches]
-        self._cell(0).run()
+        self._cell(0).timed()  # which on a GPU waits until it is done
         first = time.perf_counter()
         for index in range(1, len(self._cells)):  # so that peak memory is that of the whole workload
-            self._cell(index).run()
+            self._cell(index).timed()
         return {"load": loaded - start, "first": first - loaded, "memory": peak_memory()}
 
     def _cell(self, index: int) -> Call:

@@ -183,8 +183,10 @@ class WorkerProcess:
         """What was answered with an error; the log from `logged` on belongs to it."""
         text, kind = answer["error"], answer["kind"]
         if kind == "error":
-            said = self._logged_since(logged) if ELSEWHERE.search(text) else text
-            if (words := ran_out(said)) is not None:
+            words = ran_out(text)
+            if words is None and ELSEWHERE.search(text):
+                words = ran_out(self._logged_since(logged))
+            if words is not None:
                 return self._out_of_memory(answer["doing"], words)
         return WorkerError(text, hint=answer["hint"], kind=kind, log_tail=self.log_tail(), worker=self.name)
 

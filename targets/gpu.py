@@ -27,7 +27,7 @@ RECIPES = {
     "compiled-fp16": "cast-dtype{dtype=float16},compile-cuda",
     "compiled-bf16": "cast-dtype,compile-cuda",
     "compiled-fp16-autotuned": "cast-dtype{dtype=float16},compile-cuda{autotune=true}",
-    "onnx-cuda-fp16": "export-onnx{dtype=float16},use-provider",
+    "onnx-cuda-fp16": "export-onnx{fused=true;provider=cuda;dtype=float16},use-provider",
     "tensorrt-fp16": "export-onnx{dtype=float16},build-tensorrt",
     "tensorrt-fp8": "export-onnx,quantize-modelopt{mode=fp8},build-tensorrt",
 }
@@ -35,11 +35,17 @@ IMAGES = ("eager-fp16", "eager-bf16", "graphs-fp16", "compiled-fp16", "compiled-
 TRANSCRIBING = {  # for speech models
     "speech-fp16": "cast-dtype{dtype=float16}",
     "speech-bf16": "cast-dtype",
+    "graphs-fp16": "cast-dtype{dtype=float16},compile-cuda{compile=false}",
+    "compiled-fp16": "cast-dtype{dtype=float16},compile-cuda",
+    "compiled-bf16": "cast-dtype,compile-cuda",
 }
 GENERATING = {  # for language models
     "eager-fp16": "cast-dtype{dtype=float16}",
     "eager-bf16": "cast-dtype",
+    "graphs-bf16": "cast-dtype,compile-cuda{compile=false}",
+    "compiled-bf16": "cast-dtype,compile-cuda",
     "vllm-bf16": "cast-dtype,serve-vllm",
+    "vllm-bf16-batched": "cast-dtype,serve-vllm{batched=16384}",
     "vllm-fp8": "cast-dtype,serve-vllm{quantization=fp8}",
     "vllm-fp8-cache": "cast-dtype,serve-vllm{quantization=fp8;cache=fp8}",
     "vllm-fp8-static": "cast-dtype,quantize-llm-compressor{mode=fp8-static},serve-vllm",
@@ -51,7 +57,8 @@ GENERATING = {  # for language models
 }
 # tried only by name
 BY_NAME = frozenset({
-    "eager-fp16", "eager-bf16", "compiled-fp16-autotuned", "vllm-fp8-cache", "vllm-fp8-static", "vllm-int4-awq",
+    "eager-fp16", "eager-bf16", "graphs-bf16", "compiled-fp16-autotuned", "vllm-fp8-cache", "vllm-fp8-static",
+    "vllm-int4-awq", "vllm-bf16-batched",
 })  # fmt: skip
 RECOVERIES: dict[str, str] = {}
 

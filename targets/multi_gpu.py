@@ -16,7 +16,7 @@ PRECISIONS = {"bf16": "", "fp8": "quantization=fp8;"}
 
 def spread(gpus: int) -> dict[str, str]:
     """Recipes for so many GPUs: one, to compare with; then for each number of GPUs that share the weights, one copy of
-    them, and as many as there are GPUs for.
+    them, and as many as there are GPUs for. Last those that need nothing but transformers.
     """
     found = {}
     for precision, options in PRECISIONS.items():
@@ -26,6 +26,8 @@ def spread(gpus: int) -> dict[str, str]:
                 found["-".join(filter(None, parts))] = (
                     f"cast-dtype,serve-vllm{{{options}gpus={shards};replicas={copies}}}"
                 )
+    for shards in (2**power for power in range(1, gpus.bit_length())):
+        found[f"eager-bf16-tp{shards}"] = f"cast-dtype,shard-tensors{{gpus={shards}}}"
     return found
 
 

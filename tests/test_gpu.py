@@ -20,9 +20,9 @@ from optimize.models.images import encode_sample
 from optimize.passes._cuda_graphs import fitting, shapes_of, widened
 from optimize.passes.compile_cuda import CompileCuda
 from optimize.pipeline.calls import call_of
-from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Dimensions, Form, Kind, Target
+from optimize.pipeline.contract import SPREAD, Artifact, Cell, Checkpoint, Context, Dimensions, Form, Kind, Target
 from optimize.pipeline.driver import Request
-from optimize.pipeline.errors import ExitCode, RequestError
+from optimize.pipeline.errors import ExitCode, HostError, RequestError
 from optimize.pipeline.gpus import GpuMemory, GpuMeter
 from optimize.pipeline.plan import make_plan
 from optimize.pipeline.toolchain_files import Toolchain
@@ -175,6 +175,7 @@ def test_a_driver_that_tells_nothing_is_no_error(monkeypatch: pytest.MonkeyPatch
 def test_a_plan_spreads_a_model_over_as_many_gpus_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPTIMIZE_TOOLCHAIN_VLLM", sys.executable)
     monkeypatch.setattr(Toolchain, "lacks", lambda *_: "")
+    (tmp_path / "config.json").write_text('{"model_type": "mistral", "num_attention_heads": 32}')
     sizes = Dimensions(hidden=4096, intermediate=14336, layers=32, vocabulary=32000, cache=65536)
     seven = Checkpoint(
         "seven", tmp_path, None, "text-generation", "MistralForCausalLM", "bfloat16", 7 * 10**9, 14 * 10**9, 4096,
@@ -192,7 +193,8 @@ def test_a_plan_spreads_a_model_over_as_many_gpus_as_it_takes(tmp_path: Path, mo
         )  # fmt: skip
 
     plan = planned(h200)
-    names = ["vllm-bf16", "vllm-bf16-x4", "vllm-bf16-tp2", "vllm-bf16-tp2-x2", "vllm-bf16-tp4"]
+    names = ["vllm-bf16", "vllm-bf16-x4", "vllm-bf16-tp2", "vllm-bf16-tp2-x2", "vllm-bf16-tp4",
+             "eager-bf16-tp2", "eager-bf16-tp4"]  # fmt: skip
     assert [each.recipe.name for each in plan.recipes] == names
     text = plan.describe()
     assert "4 of them over NVLink, each 140 GiB" in text and "of each of 4 GPUs: 2 copies" in text
@@ -203,8 +205,20 @@ def test_a_plan_spreads_a_model_over_as_many_gpus_as_it_takes(tmp_path: Path, mo
     assert [each.recipe.name for each in smaller.recipes] == names[2:]
     reasons = {each.recipe.name: each.reason for each in smaller.left_out}
     assert "GiB of each of its GPUs" in reasons["vllm-bf16"] and "34.0 are free" in reasons["vllm-bf16"]
-    with pytest.raises(RequestError, match="float32 reference needs about"):
-        planned(replace(h200, gpu_memory=24 << 30))
+    divided = planned(replace(h200, gpu_memory=24 << 30))  # the reference lies on all of them
+    assert (divided.reference_gpus, divided.baseline_gpus) == (4, 1) and (plan.reference_gpus, plan.baseline_gpus) == (
+        1,
+        1,
+    )
+    assert "GiB of a GPU for either, the layers of the reference over 4" in divided.describe()
+    assert [each.recipe.name for each in divided.recipes] == ["eager-bf16-tp4"]
+    least = planned(replace(h200, gpu_memory=15 << 30))
+    assert (least.reference_gpus, least.baseline_gpus) == (4, 4)
+    assert "the layers of the reference and the baseline over 4" in least.describe()
+    with pytest.raises(RequestError, match=r"float32 reference needs about .* GiB of GPU memory on each of 4, and"):
+        planned(replace(h200, gpu_memory=8 << 30))
+    with pytest.raises(RequestError, match=r"float32 reference needs about .* GiB of GPU memory, and the baseline"):
+        planned(replace(h200, gpu_memory=24 << 30, gpus=1))
     shared = planned(replace(h200, gpu_used=106 << 30))  # another process is on the card
     assert [each.recipe.name for each in shared.recipes] == names[2:]
     assert "140 GiB (106.0 of it held by others)" in shared.describe()
@@ -219,9 +233,29 @@ def test_the_plan_names_the_gpu_and_what_cannot_run_on_it(tmp_path: Path) -> Non
     turing = replace(H100, dtypes=("float32", "float16"))
     left_out = {each.name for each in gpu.recipes(checkpoint, turing) if each.why_not(checkpoint, turing)}
     assert left_out == {"eager-bf16", "compiled-bf16"}
-    assert "one forward pass" in str(CompileCuda().requires(replace(checkpoint, task="text-generation"), H100))
     with pytest.raises(RequestError, match="it is for NVIDIA GPUs, and here is none"):
         make_plan(checkpoint, cpu.probe(), [each for each in able if "compiled" in each.name], workload="1x32")
+
+
+def test_each_captured_generation_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    sizes = Dimensions(hidden=2048, intermediate=8192, layers=16, vocabulary=32000, cache=16384)
+    one = Checkpoint(
+        "one",
+        tmp_path,
+        None,
+        "text-generation",
+        "LlamaForCausalLM",
+        "bfloat16",
+        10**9,
+        2 * 10**9,
+        4096,
+        {},
+        dimensions=sizes,
+    )
+    small, large = Cell(8, 64, 16), Cell(256, 64, 16)
+    both, alone = (gpu_memory(Kind.CUDA_GRAPHS, one, cells) for cells in ((small, large), (large,)))
+    assert both - alone == 2 * 16384 * 8 * 80
+    assert gpu_memory(Kind.CHECKPOINT, one, (small, large)) == gpu_memory(Kind.CHECKPOINT, one, (large,))
 
 
 def test_every_text_has_a_shape_and_the_smallest_is_taken() -> None:
@@ -263,6 +297,23 @@ def test_what_a_device_times_is_its_own() -> None:
     call = call_of(Session(), {"input_ids": np.array([[1]]), "other": np.array([[2]])})
     assert call.timed() == (0.25,)
     assert call.run()["answer"].tolist() == [[2]]
+
+
+@pytest.mark.skipif(HERE, reason="here is a GPU")
+def test_what_gpus_do_not_hold_is_not_put_elsewhere(tiny: Path) -> None:
+    with pytest.raises(HostError, match="do not hold the model"):
+        open_session(Kind.CHECKPOINT, tiny, TASK, 1, device=SPREAD)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="here are no two GPUs")
+def test_layers_over_all_gpus_answer_as_on_one(make_language_model: MakeCheckpoint) -> None:
+    model, prompts = make_language_model(num_hidden_layers=8), [np.arange(3, 9), np.arange(5, 8)]
+    one: Any = open_session(Kind.CHECKPOINT, model, "text-generation", 1, device="cuda")
+    all_of_them: Any = open_session(Kind.CHECKPOINT, model, "text-generation", 1, device=SPREAD)
+    assert len({weight.device for weight in all_of_them.model.parameters()}) > 1
+    np.testing.assert_allclose(all_of_them.logits(prompts[0], 3), one.logits(prompts[0], 3), atol=1e-3)
+    np.testing.assert_array_equal(all_of_them.generate(prompts, 5).tokens, one.generate(prompts, 5).tokens)
 
 
 @pytest.mark.gpu
@@ -364,8 +415,8 @@ def test_a_candidate_that_runs_out_of_gpu_memory_is_broken_and_the_others_go_on(
     [
         ("make_checkpoint", {"graphs-fp16", "compiled-fp16", "compiled-bf16"}),
         ("make_image_classifier", {"graphs-fp16", "compiled-fp16", "compiled-bf16"}),
-        ("make_language_model", {"vllm-bf16", "vllm-fp8"}),
-        ("make_speech_model", {"speech-fp16", "speech-bf16"}),
+        ("make_language_model", {"compiled-bf16", "vllm-bf16", "vllm-fp8"}),
+        ("make_speech_model", {"speech-fp16", "graphs-fp16", "compiled-fp16", "compiled-bf16"}),
     ],
 )
 def test_every_form_of_model_has_a_plan_on_a_gpu(

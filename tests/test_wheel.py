@@ -20,6 +20,7 @@ def test_the_wheel_holds_the_package_and_its_data(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"optimize"}
     sources = {path.relative_to(ROOT).as_posix() for folder in ("pipeline", "passes", "targets", "models")
                for path in (ROOT / folder).rglob("*.py")}  # fmt: skip
+    sources |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline" / "cards").rglob("*.txt")}
     assert {f"optimize/{source}" for source in sources} <= names
     assert {"optimize/__init__.py", "optimize/py.typed", "optimize/models/data/text.jsonl"} <= names
     assert any(name.endswith("LICENSE") for name in names)

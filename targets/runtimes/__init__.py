@@ -17,7 +17,7 @@ import numpy as np
 from optimize.pipeline.contract import Array, Batch, Kind, Layers, Session
 
 TEXTUAL = (Kind.OLLAMA,)
-PLACED = (Kind.CHECKPOINT,)  # kinds that run on either device; others say where by what they are
+PLACED = (Kind.CHECKPOINT, Kind.TENSOR_PARALLEL)  # kinds that run on either device; others say where by what they are
 RUNTIMES = {
     Kind.CHECKPOINT: "eager",
     Kind.AOTI: "aoti",
@@ -33,6 +33,7 @@ RUNTIMES = {
     Kind.TENSORRT_RTX: "tensorrt_rtx",
     Kind.TENSORRT_LLM: "tensorrt_llm",
     Kind.CUDA_GRAPHS: "cuda_graphs",
+    Kind.TENSOR_PARALLEL: "tensor_parallel",
     Kind.VLLM: "vllm",
 }
 

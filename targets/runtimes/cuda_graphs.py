@@ -1,4 +1,4 @@
-"""Encoders captured into CUDA graphs: a call is launched at once, so that small batches are not launch-bound."""
+"""Models captured into CUDA graphs: a call is launched at once, so that small batches are not launch-bound."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 import torch
 
 from optimize.models.loading import load_model
+from optimize.models.speech import read_decoding
 from optimize.models.tasks import SEQUENCE, TASKS
+from optimize.passes._captured_generation import CapturedGeneration
 from optimize.passes._cuda_graphs import Captured, widened
 from optimize.pipeline.contract import Array, Batch
+from optimize.targets.runtimes.captured import CapturedGenerator, CapturedTranscriber
 from optimize.targets.runtimes.cuda import seconds
+from optimize.targets.runtimes.eager import end_nowhere
 from optimize.targets.runtimes.tensors import to_numpy, to_torch
 
 
@@ -68,6 +72,18 @@ class CudaGraphSession:
         return SEQUENCE in self._axes[name] if name in self._axes else value.dim() > 2
 
 
-def open_session(path: Path, task: str, cores: int) -> CudaGraphSession:
+def open_session(path: Path, task: str, cores: int) -> CudaGraphSession | CapturedGenerator | CapturedTranscriber:
     torch.set_num_threads(cores)
-    return CudaGraphSession(Captured(path, load_model(path, task, device="cuda"), task), task)
+    model = load_model(path, task, device="cuda")
+    if TASKS[task].generates:
+        return open_generation(path, model)
+    return CudaGraphSession(Captured(path, model, task), task)
+
+
+def open_generation(path: Path, model: Any) -> CapturedGenerator | CapturedTranscriber:
+    """On the device that the model is on."""
+    captured, device = CapturedGeneration(path, model), model.device.type
+    if model.config.is_encoder_decoder:
+        return CapturedTranscriber(model, read_decoding(path), captured, device)
+    end_nowhere(model)
+    return CapturedGenerator(model, captured, device)

@@ -20,7 +20,7 @@ from transformers import StoppingCriteria
 from optimize.models.loading import is_quantized, load_model
 from optimize.models.tasks import TASKS
 from optimize.passes.compile_generate import COMPILING
-from optimize.pipeline.contract import Array, Batch, Form, Generation, Layers
+from optimize.pipeline.contract import SPREAD, Array, Batch, Form, Generation, Layers
 from optimize.targets.runtimes import weights_key
 from optimize.targets.runtimes.packing import pack_int4
 from optimize.targets.runtimes.tensors import to_numpy, to_torch
@@ -139,9 +139,16 @@ def padded(prompts: Sequence[Array]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
+def end_nowhere(model: Any) -> None:
+    """Have `generate` go on past what ends a text: one that ends early would be timed as a fast one."""
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+
+
 def open_session(path: Path, task: str, cores: int, device: str = "cpu") -> EagerSession:
     torch.set_num_threads(cores)
     model = load_model(path, task, device=device)
+    device = "cuda" if device == SPREAD else device  # where inputs go: the first of them
     if device != "cpu" and not TASKS[task].generates:
         from optimize.targets.runtimes.cuda import CudaSession
 
@@ -155,8 +162,7 @@ def open_session(path: Path, task: str, cores: int, device: str = "cpu") -> Eage
         from optimize.targets.runtimes.transcribing import EagerTranscriber
 
         return EagerTranscriber(model, read_decoding(path), device)
-    model.generation_config.eos_token_id = None  # a text that ends early would be timed as a fast one
-    model.generation_config.pad_token_id = 0
+    end_nowhere(model)
     if (path / COMPILING).is_file():
         from optimize.targets.runtimes.compiled import CompiledGenerator
 

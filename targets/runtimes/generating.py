@@ -16,6 +16,11 @@ def generate(session: Any, prompts: Sequence[Array], new: int, *, logprobs: bool
     if hasattr(session, "generate"):
         found: Generation = session.generate(prompts, new, **({"logprobs": True} if logprobs else {}))
         return found
+    return stepwise(session, prompts, new)
+
+
+def stepwise(session: Any, prompts: Sequence[Array], new: int) -> Generation:
+    """The same by `prefill` and `step`."""
     start = time.perf_counter()
     tokens = session.prefill(prompts, new).argmax(axis=-1)
     steps, seconds = [tokens], [time.perf_counter() - start]

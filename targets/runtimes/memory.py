@@ -30,6 +30,8 @@ RESIDENT = {
     Kind.TENSORRT: (500 * MIB, 2.0),  # on the host, where an engine is read before it goes to the GPU
     Kind.TENSORRT_RTX: (500 * MIB, 2.0),
     Kind.TENSORRT_LLM: (EAGER, 2.0),
+    # the file is mapped by every process and counted once; and rows that are cut, which are copied
+    Kind.TENSOR_PARALLEL: (EAGER, 1.5),
     Kind.VLLM: (6000 * MIB, 2.0),  # on the host: compilers, CUDA's libraries, and weights on their way to the GPU
     Kind.CUDA_GRAPHS: (3000 * MIB, 1.0),  # on the host
 }
@@ -59,7 +61,26 @@ def gpu_memory(kind: Kind, checkpoint: Checkpoint, workload: Sequence[Cell], sha
     width = 4 if checkpoint.dtype == "float32" else 2
     weights = min(checkpoint.weight_bytes, width * checkpoint.parameters)  # a server may cast them as it loads them
     working = _working(checkpoint, workload) * width // 4
+    if kind is Kind.CUDA_GRAPHS:
+        working += width * _captured(checkpoint, workload)
+    if kind is Kind.CHECKPOINT and shards > 1:  # whole layers lie on each, and all logits on the last
+        layer = weights // max(checkpoint.dimensions.layers, 1)
+        return GPU_REST + weights // shards + layer + working
+    if kind is Kind.TENSOR_PARALLEL:  # each has all logits; not every transformers cuts embeddings
+        embeddings = width * checkpoint.dimensions.vocabulary * checkpoint.dimensions.hidden
+        return GPU_REST + weights // shards + embeddings + working
     return GPU_FIXED.get(kind, GPU_REST) + (weights + working) // shards
+
+
+def _captured(checkpoint: Checkpoint, workload: Sequence[Cell]) -> int:
+    """Numbers of the caches of generations: each captured shape has its own, all the time."""
+    sizes, form = checkpoint.dimensions, TASKS[checkpoint.task].form
+    if form is Form.PROMPTS:
+        return sizes.cache * sum(cell.tokens for cell in workload)
+    if form is Form.CLIPS:
+        positions = HEARD + WRITTEN + sum(cell.batch * (HEARD + cell.new) for cell in workload)
+        return 2 * sizes.hidden * sizes.layers * positions
+    return 0
 
 
 def _working(checkpoint: Checkpoint, workload: Sequence[Cell]) -> int:

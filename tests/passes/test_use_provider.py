@@ -3,16 +3,21 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 
 from optimize.models.encoding import encode
 from optimize.passes.export_onnx import ExportOnnx
 from optimize.passes.use_provider import PROVIDER, UseProvider
+from optimize.pipeline import versions
+from optimize.pipeline.calls import call_of
 from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind, Target
 from optimize.pipeline.errors import HostError
 from optimize.pipeline.recipe import parse
 from optimize.targets.cpu import probe
 from optimize.targets.runtimes import open_session
+from optimize.targets.runtimes.onnxruntime_gpu import OnnxGpuSession
 
 TASK = "feature-extraction"
 CELLS = (Cell(1, 32), Cell(8, 128))
@@ -56,6 +61,27 @@ def test_a_provider_that_does_not_load_is_no_processor_in_disguise(graph: Artifa
 def test_outputs_of_16_bits_are_widened(graph: Artifact, tiny: Path) -> None:
     batch = encode(tiny, [{"text": "The tide came in."}], 16, (1,))[0]
     assert open_session(Kind.ONNX, graph.path, TASK, 1).run(batch)["last_hidden_state"].dtype == "float32"
+
+
+def test_what_is_timed_stays_where_it_is_computed(graph: Artifact, tiny: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    session = onnxruntime.InferenceSession(graph.path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    bound = OnnxGpuSession(session, "cpu")
+    batch = encode(tiny, [{"text": "The tide came in."}, {"text": "It went."}], 16, (2,))[0]
+    call = call_of(bound, batch)
+    (seconds,) = call.timed()
+    assert seconds > 0
+    found = call.run().get_outputs()[0].numpy()
+    np.testing.assert_array_equal(found.astype(np.float32), bound.run(batch)["last_hidden_state"])
+
+
+def test_a_version_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    checkpoint = Checkpoint("tiny", tmp_path, None, TASK, "BertModel", "float32", 1000, 4000, 256, {})
+    monkeypatch.setattr(versions, "installed_version", lambda _: "5.17.0")
+    for text in ("export-onnx", "convert-openvino", "compile-aoti"):
+        reason = str(parse(text).why_not(checkpoint, probe()))
+        assert "needs transformers 5.23 or newer, and 5.17.0 is installed: pip install" in reason
+    assert parse("cast-dtype").why_not(checkpoint, probe()) is None
 
 
 def test_it_is_left_out_where_no_gpu_is(tmp_path: Path) -> None:

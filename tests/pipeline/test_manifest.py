@@ -201,9 +201,17 @@ def test_a_report_names_what_it_ran_with(manifest: Manifest) -> None:
     assert None not in packages.values()
 
 
-@pytest.mark.parametrize("kind", list(Kind))
-def test_every_kind_has_lines_that_run_it_and_a_command_that_installs_it(manifest: Manifest, kind: Kind) -> None:
-    generates = kind in (Kind.GGUF, Kind.OLLAMA, Kind.GENAI, Kind.TENSORRT_LLM, Kind.VLLM)
+GENERATING = (Kind.GGUF, Kind.OLLAMA, Kind.GENAI, Kind.TENSORRT_LLM, Kind.VLLM, Kind.TENSOR_PARALLEL)
+BOTH = (Kind.CHECKPOINT, Kind.OPENVINO, Kind.CUDA_GRAPHS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "generates"),
+    [*((kind, kind in GENERATING) for kind in Kind), *((kind, True) for kind in BOTH)],
+)
+def test_every_kind_has_lines_that_run_it_and_a_command_that_installs_it(
+    manifest: Manifest, kind: Kind, generates: bool
+) -> None:
     task = "text-generation" if generates else "feature-extraction"
     apart = {kind.toolchain: ToolchainFacts("3.12.1", "d" * 64, True, {"tensorrt": "10.1", "tensorrt-llm": "1.2.1"})}
     host = dataclasses.replace(manifest.report.host, toolchains=apart)

@@ -1,5 +1,6 @@
 """What raw samples amount to: the known ratio, whatever drifts and outliers lie on top of it."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -94,6 +95,8 @@ def test_overall_is_the_geometric_mean_of_the_cells() -> None:
     assert [cell.speedup.value for cell in speed.cells] == pytest.approx([1.0, 4.0])
     assert [cell.cell for cell in speed.cells] == list(CELLS)
     assert speed.overall.value == pytest.approx(2.0)
+    weighted = [dataclasses.replace(CELLS[0], weight=3), CELLS[1]]
+    assert summarize(samples((1.0, 4.0)), weighted).overall.value == pytest.approx(4.0**0.25)
 
 
 def test_a_cells_seconds_are_the_medians_of_all_its_calls() -> None:

@@ -268,6 +268,10 @@ def test_a_workload_that_nobody_asked_for_is_shortened(given: str, expected: str
 
 def test_workload() -> None:
     assert parse_workload("1x32, 8x128 ,1x4", 128) == (Cell(1, 32), Cell(8, 128), Cell(1, 4))
+    weighted = parse_workload("1x32*9,8x128", 128)
+    assert weighted == (Cell(1, 32, weight=9), Cell(8, 128))
+    assert [str(cell) for cell in weighted] == ["1x32", "8x128"] and weighted[0].weighted == "1x32*9"
+    assert parse_workload("1x32+4*2", 128, Form.PROMPTS) == (Cell(1, 32, 4, 2),)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +291,9 @@ def test_workload() -> None:
         ("1x129", "1x129 is longer than the model's limit of 128 tokens"),
         ("99999x128", "more than 1048576 tokens in one call"),
         ("1x32,01x32", "1x32 is given twice"),
+        ("1x32*2,1x32", "1x32 is given twice"),
+        ("1x32*0", "1x32*0: a weight is a whole number from 1 to 1000"),
+        ("1x32*1.5", "is not BATCHxTOKENS"),
     ],
 )
 def test_a_workload_that_cannot_be_run_is_refused(text: str, message: str) -> None:
@@ -308,7 +315,7 @@ def test_a_workload_of_images_is_batches() -> None:
 def test_a_workload_of_images_that_cannot_be_run_is_refused(text: str, message: str) -> None:
     with pytest.raises(RequestError) as raised:
         parse_workload(text, 128, Form.IMAGES)
-    assert message in raised.value.message and "1,8,32" in str(raised.value.hint or "1,8,32")
+    assert message in raised.value.message and (message != "is not" or "1,8,32" in str(raised.value.hint))
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", None), ("bfloat16", "cast-dtype{dtype=float32}")])

@@ -72,6 +72,8 @@ def test_the_best_that_was_seen_is_remembered_for_each_host(tmp_path: Path) -> N
         ("convert-openvino,quantize-openvino", "int8"),
         ("convert-openvino,quantize-openvino{mode=weights}", "int8"),
         ("export-onnx,quantize-onnx", "int8"),
+        ("cast-dtype,quantize-llm-compressor{mode=int8},serve-vllm", "int8"),
+        ("cast-dtype,quantize-llm-compressor{mode=int4},serve-vllm{dtype=float16}", "float16"),
     ],
 )
 def test_a_recipe_knows_what_it_computes_in(recipe: str, dtype: str) -> None:

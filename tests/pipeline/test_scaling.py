@@ -72,6 +72,7 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
         ("cast-dtype,serve-vllm{gpus=2;replicas=4}", "cast-dtype,serve-vllm"),
         ("serve-vllm{quantization=fp8;gpus=4}", "serve-vllm{quantization=fp8}"),
         ("serve-vllm{replicas=2;eager=true}", "serve-vllm{eager=true}"),
+        ("cast-dtype,shard-tensors{gpus=4}", "cast-dtype"),
     ],
 )
 def test_one_gpu_is_the_recipe_without_its_spread(several: str, one: str) -> None:

@@ -1,0 +1,113 @@
+"""Generation over captured shapes: on a processor the same work uncaptured, with `-m gpu` the graphs."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from optimize.models.loading import load_model
+from optimize.models.speech import encode_all
+from optimize.models.tasks import Examples
+from optimize.passes._captured_generation import language_shapes, speech_shapes
+from optimize.passes._cuda_graphs import GRAPHS
+from optimize.pipeline.batches import SOUND
+from optimize.pipeline.contract import Array, Cell
+from optimize.targets.runtimes import eager
+from optimize.targets.runtimes.cuda_graphs import open_generation
+from optimize.targets.runtimes.generating import stepwise, write_until
+from tests.conftest import MakeCheckpoint
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+]
+TEXT, SPEECH = "text-generation", "automatic-speech-recognition"
+TOKENS = np.random.default_rng(0).integers(5, 500, 60)
+CELLS = (Cell(1, 8, 6), Cell(3, 12, 5))
+
+
+def opened(folder: Path, out: Path, task: str, shapes: Any, device: str, *, compiled: bool = False) -> tuple[Any, Any]:
+    """An eager session, and one over captured shapes."""
+    shutil.copytree(folder, out)
+    (out / GRAPHS).write_text(json.dumps({"shapes": shapes, "compile": compiled, "autotune": False, "fill": 0}))
+    plain = eager.open_session(folder, task, 2, device)
+    return plain, open_generation(out, load_model(out, task, device=device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_prompts_of_any_lengths_are_continued_as_eager_does(
+    make_language_model: MakeCheckpoint, tmp_path: Path, architecture: str, device: str
+) -> None:
+    shapes = language_shapes(CELLS)
+    assert shapes == [(1, 8, 6), (3, 12, 5)]
+    plain, captured = opened(make_language_model(architecture), tmp_path / "a", TEXT, shapes, device)
+    for lengths, new in (([8], 6), ([5], 6), ([12, 12, 12], 5), ([9, 3], 4), ([4], 2), ([40], 3), ([2] * 4, 3)):
+        prompts: list[Array] = [TOKENS[at : at + length] for at, length in enumerate(lengths)]
+        expected, found = plain.generate(prompts, new), captured.generate(prompts, new)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        assert found.tokens.dtype == np.int64 and len(found.seconds) == new
+        assert list(found.seconds) == sorted(found.seconds)
+        wanted, given = plain.prefill(prompts, new), captured.prefill(prompts, new)
+        for column in range(new - 1):
+            np.testing.assert_allclose(given, wanted, atol=2e-3)
+            following = np.full(len(prompts), 7 + column)  # not the likeliest: what is given counts
+            wanted, given = plain.step(following), captured.step(following)
+        np.testing.assert_allclose(given, wanted, atol=2e-3)
+    np.testing.assert_allclose(captured.logits(TOKENS, 9), plain.logits(TOKENS, 9), atol=2e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_more_is_written_than_there_is_room_for(
+    make_language_model: MakeCheckpoint, tmp_path: Path, device: str
+) -> None:
+    _, captured = opened(make_language_model(), tmp_path / "a", TEXT, language_shapes(CELLS), device)
+    tokens = captured.prefill([TOKENS[:8]], 6).argmax(axis=-1)
+    kept = captured.step(tokens)
+    before = kept.copy()
+    for _ in range(4):
+        captured.step(tokens)
+    np.testing.assert_array_equal(kept, before)  # no view of a buffer
+    with pytest.raises(ValueError, match="6 tokens are written"):
+        captured.step(tokens)
+
+
+def test_a_window_that_is_shorter_than_a_cell_is_refused(make_language_model: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_language_model("MistralForCausalLM", sliding_window=16)
+    opened(folder, tmp_path / "a", TEXT, [(1, 8, 8)], "cpu")
+    with pytest.raises(ValueError, match="a cell of 17 tokens is longer than the 16"):
+        opened(folder, tmp_path / "b", TEXT, [(1, 8, 9)], "cpu")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_clips_are_transcribed_as_eager_does(make_speech_model: MakeCheckpoint, tmp_path: Path, device: str) -> None:
+    folder = make_speech_model()
+    shapes = speech_shapes((Cell(1, 0, 4), Cell(3, 0, 6)), folder)
+    assert shapes == [(1, 2, 4), (3, 2, 6), (1, 2, 42)]
+    plain, captured = opened(folder, tmp_path / "a", SPEECH, shapes, device)
+    drawn = [{"audio": {"drawn": index}} for index in range(4)]
+    clips = [batch[SOUND] for batch in encode_all(folder, Examples(drawn, max_length=44))["evaluation"]]
+    for rows, new in ((1, 4), (2, 6), (3, 6), (1, 42), (4, 3)):
+        expected, found = stepwise(plain, clips[:rows], new), captured.generate(clips[:rows], new)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+    endings = (write_until(each, clips[:1], 42, lambda tokens: tokens[-1] == 2) for each in (plain, captured))
+    assert next(endings) == next(endings)
+    np.testing.assert_allclose(captured.logits(clips[0], TOKENS[:9]), plain.logits(clips[0], TOKENS[:9]), atol=2e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("task", [TEXT, SPEECH])
+def test_compiled_steps_write_the_same(
+    make_language_model: MakeCheckpoint, make_speech_model: MakeCheckpoint, tmp_path: Path, task: str, device: str
+) -> None:
+    speech = task == SPEECH
+    folder = make_speech_model() if speech else make_language_model()
+    shapes = [(1, 2, 4)] if speech else [(2, 8, 5)]
+    plain, captured = opened(folder, tmp_path / "a", task, shapes, device, compiled=True)
+    given = [np.zeros((16, 600), np.float32)] if speech else [TOKENS[:8], TOKENS[8:13]]
+    expected = stepwise(plain, given, shapes[0][2])
+    np.testing.assert_array_equal(captured.generate(given, shapes[0][2]).tokens, expected.tokens)
