@@ -111,16 +111,6 @@ def test_failing_steps_are_named_and_cost_only_themselves(
         assert words in outcome.output
 
 
-def test_a_reference_that_a_gpu_is_too_small_for_is_refused(
-    tiny: Path, cli: Cli, run_out: Callable[[str], None]
-) -> None:
-    run_out("len(batch['input_ids']) == 8")  # of the text
-    outcome = cli(tiny, "--recipe", "checkpoint", *QUICK)
-    assert outcome.code == 2, outcome.output
-    assert "so nothing can be judged: out of GPU memory while it was judged: 20.00 GiB" in outcome.output
-    assert "a smaller --workload" in outcome.output and "Traceback" not in outcome.output
-
-
 def test_nothing_built_exits_with_3_and_repeat_shows_the_failure(
     tiny: Path, cli: Cli, third_party: Install, tmp_path: Path
 ) -> None:

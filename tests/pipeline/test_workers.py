@@ -19,7 +19,8 @@ import pytest
 
 from optimize.pipeline.calls import call_of
 from optimize.pipeline.contract import Target
-from optimize.pipeline.errors import WorkerError
+from optimize.pipeline.errors import ExitCode, WorkerError
+from optimize.pipeline.prepare import unusable
 from optimize.pipeline.toolchains import Environment
 from optimize.pipeline.trial import problem_text, with_estimate
 from optimize.pipeline.worker import Worker
@@ -274,6 +275,9 @@ def test_what_was_free_and_what_was_planned_is_told(
     assert problem_text(told) == f"{told.message}\n  {told.hint}"  # no traceback
     other = WorkerError("something else")
     assert with_estimate(other, 5 << 30) is other
+    refused = unusable("the reference does not run", told, "see the logs")  # nothing else is to be done on this GPU
+    assert refused.exit_code == ExitCode.REFUSED and refused.hint == told.hint
+    assert refused.message == f"the reference does not run: {told.message}"
 
 
 def test_a_sweep_ends_at_the_last_batch_that_fits() -> None:
