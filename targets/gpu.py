@@ -61,7 +61,9 @@ GENERATING = {  # for language models
     "tensorrt-llm": "build-tensorrt-llm",
     "tensorrt-llm-fp8": "build-tensorrt-llm{quantization=fp8}",
     "torchao-int8": "cast-dtype,quantize-torchao",
+    "torchao-int8-weights-compiled": "cast-dtype,quantize-torchao{mode=weights},compile-cuda",
     "torchao-fp8": "cast-dtype,quantize-torchao{mode=fp8}",
+    "torchao-fp8-compiled": "cast-dtype,quantize-torchao{mode=fp8},compile-cuda",
     "bitsandbytes-int8": "cast-dtype{dtype=float16},quantize-bitsandbytes",
     "bitsandbytes-nf4": "cast-dtype,quantize-bitsandbytes{mode=nf4}",
 }
@@ -69,9 +71,9 @@ GENERATING = {  # for language models
 BY_NAME = frozenset({
     "eager-fp16", "eager-bf16", "graphs-bf16", "compiled-fp16-autotuned", "vllm-fp8-cache", "vllm-fp8-static",
     "vllm-int4-awq", "vllm-bf16-batched",
-    # for memory: in eager mode they are slower than 16 bits
+    # for memory: uncompiled they are slower than 16 bits
     "torchao-int8", "torchao-fp8", "bitsandbytes-int8", "bitsandbytes-nf4",
-    "torchao-int8-compiled", "torchao-fp8-compiled",
+    "torchao-int8-compiled", "torchao-int8-weights-compiled", "torchao-fp8-compiled",
 })  # fmt: skip
 RECOVERIES: dict[str, str] = {}
 
