@@ -42,6 +42,7 @@ What has no line above is not in this version. What is, but was never run, or on
 | `shard-tensors` | run with two processes on a processor (gloo; transformers 5.17 and 5.23); on GPUs (NCCL): not run |
 | the eager model over several GPUs | where one does not hold it: written; its plan is tested, never run |
 | `quantize-llm-compressor` | int8 and int4 (GPTQ) on a processor; fp8, AWQ, and all of it on a GPU: not run |
+| `quantize-bitsandbytes`, `quantize-torchao` | run on a processor; their recipes for GPUs were not run on one yet |
 | vLLM | 0.24 on an H100, 0.32 on a processor; fp8 judged there, not timed; its lock was not installed |
 | TensorRT-LLM | `build-tensorrt-llm` is written after its source; only run against a stand-in for it |
 | TensorRT | `build-tensorrt` and its runtime are written; TensorRT's own libraries were not there to run them |

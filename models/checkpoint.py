@@ -30,6 +30,7 @@ BRINGS = {
     Form.IMAGES: (("preprocessor_config.json",), "AutoImageProcessor"),
     Form.CLIPS: (("preprocessor_config.json",), "AutoFeatureExtractor"),
 }
+FLOATS = ("float64", "float32", "float16", "bfloat16")  # of weights as they were trained
 IMAGE = 224  # pixels of a side, where a config does not say: as in ImageNet
 # model types whose positions start at padding + 1
 POSITION_OFFSET = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet", "xmod",
@@ -63,6 +64,7 @@ def resolve(model: str, task: str | None = None, *, memory: int | None = None) -
     _check_form(folder, config, architecture, TASKS[task].form)
     check_generation(folder)
     weights = inspect_weights(folder)
+    _check_plain(config, weights)
     check_fits(weights, memory)
     return Checkpoint(
         model_id=model if revision else folder.resolve().name,
@@ -77,6 +79,18 @@ def resolve(model: str, task: str | None = None, *, memory: int | None = None) -
         files={name: sha256_of(folder / name) for name in (*weights.files, *carried_files(folder))},
         largest=weights.largest,
         dimensions=dimensions(config),
+    )
+
+
+def _check_plain(config: Mapping[str, Any], weights: Weights) -> None:
+    """Raise CheckpointError for weights that are quantized: what the model was before is what all is judged by."""
+    method = quantization(config)
+    if not method and weights.dtype in FLOATS:
+        return
+    how = f"by {method}, as config.json says" if method else f"most are {weights.dtype}; config.json does not say how"
+    raise CheckpointError(
+        f"the checkpoint's weights are quantized already ({how}): the model that all is judged by is not in it",
+        hint="give the one that it was made from, in 16 or 32 bits; `optimize passes` lists what quantizes it here",
     )
 
 
@@ -110,6 +124,15 @@ def read_config(folder: Path) -> dict[str, Any]:
             hint="remove the key, if model.safetensors is what you mean",
         )
     return config
+
+
+def quantization(config: Mapping[str, Any]) -> str:
+    """With what weights are quantized, as config.json says: transformers' word for it, or nothing."""
+    settings = config.get("quantization_config") or config.get("compression_config") or {}
+    if not isinstance(settings, Mapping):
+        raise CheckpointError(f"config.json: quantization_config is {str(settings)[:40]!r}, not an object")
+    old = "bitsandbytes" if settings.get("load_in_8bit") or settings.get("load_in_4bit") else "a method without a name"
+    return str(settings.get("quant_method") or old) if settings else ""
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:

@@ -16,11 +16,14 @@ from optimize.pipeline.contract import SPREAD
 from optimize.pipeline.errors import CheckpointError, HostError
 
 
-def load_model(folder: Path, task: str, dtype: str | None = None, device: str = "cpu", shards: int = 1) -> Any:
+def load_model(
+    folder: Path, task: str, dtype: str | None = None, device: str = "cpu", shards: int = 1, quantization: Any = None
+) -> Any:
     """The eager model in inference mode, in `dtype` (torch's spelling) or that of its weights, not of its config; one
-    that quantize-torchao made, in the dtype that it was made from. On another `device`, weights go there one by one. Of
-    `shards`, which are the processes of torch's default group, this one has its own, on the device that it has chosen.
-    With device SPREAD, layers lie on all GPUs, one after the other. Raises HostError where those do not hold them.
+    that is quantized, in the dtype that it was made from. On another `device`, weights go there one by one; with
+    `quantization`, one of transformers' configurations for it, each is quantized as it comes. Of `shards`, which are
+    the processes of torch's default group, this one has its own, on the device that it has chosen. With device SPREAD,
+    layers lie on all GPUs, one after the other. Raises HostError where those do not hold them.
 
     safetensors only, no remote code, no network. Raises CheckpointError when the checkpoint lacks weights that the
     task needs: transformers would fill them with random numbers and go on. A pooler that was never trained is left out.
@@ -38,8 +41,9 @@ def load_model(folder: Path, task: str, dtype: str | None = None, device: str = 
             cast_checkpoint(folder, Path(scratch), str(dtype), task)
             return load_model(Path(scratch), task, device=device)
     auto_class = getattr(transformers, TASKS[task].auto_class)
+    method = quantized_by(folder)
     options: dict[str, Any] = {
-        "dtype": "auto" if is_quantized(folder) else getattr(torch, stored),
+        "dtype": "auto" if method else getattr(torch, stored),
         "local_files_only": True,
         "trust_remote_code": False,
         "use_safetensors": True,
@@ -49,8 +53,10 @@ def load_model(folder: Path, task: str, dtype: str | None = None, device: str = 
         from transformers.distributed import DistributedConfig
 
         options["distributed_config"] = DistributedConfig(tp_size=shards)
-    elif device != "cpu":
+    elif device != "cpu" or quantization is not None or method == "bitsandbytes":  # which goes to a GPU unasked
         options["device_map"] = device
+    if quantization is not None:
+        options["quantization_config"] = quantization
     model, info = auto_class.from_pretrained(folder, **options)
     missing = sorted(info["missing_keys"])
     if missing and all("pooler." in name for name in missing):
@@ -66,11 +72,11 @@ def load_model(folder: Path, task: str, dtype: str | None = None, device: str = 
     return model.eval()
 
 
-def is_quantized(folder: Path) -> bool:
-    """Whether the checkpoint's weights are torchao's: its config says so, and with what."""
-    from optimize.models.checkpoint import read_config
+def quantized_by(folder: Path) -> str:
+    """With what the checkpoint's weights are quantized, as its config says: `torchao` or the like, or nothing."""
+    from optimize.models.checkpoint import quantization, read_config
 
-    return (read_config(folder).get("quantization_config") or {}).get("quant_method") == "torchao"
+    return quantization(read_config(folder))
 
 
 def sample_inputs(folder: Path, task: str = "feature-extraction", dtype: str = "float32") -> dict[str, Any]:
@@ -118,11 +124,8 @@ def _stays_float32(folder: Path, dtype: str, task: str) -> Callable[[str], bool]
     if dtype == "float32":
         return lambda name: False
     import torch
-    import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = getattr(transformers, TASKS[task].auto_class).from_config(config, dtype=getattr(torch, dtype))
+    model = model_without_weights(folder, task, dtype)
     parts = {*(model._keep_in_fp32_modules_strict or ())}
     if dtype == "float16":
         parts |= {*(model._keep_in_fp32_modules or ())}
@@ -132,6 +135,16 @@ def _stays_float32(folder: Path, dtype: str, task: str) -> Callable[[str], bool]
         any(pattern.search(name) for pattern in patterns)
         or any(f".{name}".endswith(f".{each}") or f".{each}".endswith(f".{name}") for each in wide)
     )
+
+
+def model_without_weights(folder: Path, task: str, dtype: str = "float32") -> Any:
+    """Its modules and their shapes, by transformers' own word, on no device."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        return getattr(transformers, TASKS[task].auto_class).from_config(config, dtype=getattr(torch, dtype))
 
 
 def copy_carried(folder: Path, out: Path) -> None:

@@ -44,8 +44,13 @@ def fuse(graph_module: Any) -> int:
 
 
 def _takes(linear: Any) -> bool:
-    """Whether a linear layer has a bias, and half precision."""
+    """Whether a linear layer has a bias, half precision, and weights as they are: quantized ones have products of
+    their own.
+    """
     import torch
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-    value = linear.meta.get("example_value")
-    return len(linear.args) == 3 and linear.args[2] is not None and value.dtype in (torch.float16, torch.bfloat16)
+    if len(linear.args) != 3 or linear.args[2] is None:
+        return False
+    value, weight = linear.meta.get("example_value"), linear.args[1].meta.get("example_value")
+    return value.dtype in (torch.float16, torch.bfloat16) and not is_traceable_wrapper_subclass(weight)

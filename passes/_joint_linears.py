@@ -13,7 +13,7 @@ from typing import Any
 def join_linears(model: Any, inputs: dict[str, Any]) -> int:
     """Join the linear layers of `model` that are given the same tensor, as seen when it computes on `inputs`.
 
-    Of those that belong to several groups none is joined. Returns how many layers were.
+    Of those that belong to several groups none is joined, nor any whose weights are quantized. Returns how many were.
     """
     import torch
 
@@ -22,7 +22,7 @@ def join_linears(model: Any, inputs: dict[str, Any]) -> int:
     def record(name: str) -> Any:
         return lambda module, given: calls.setdefault(id(given[0]), (given[0], []))[1].append(name)
 
-    linears = {name: each for name, each in model.named_modules() if type(each) is torch.nn.Linear}
+    linears = {name: each for name, each in model.named_modules() if _is_plain(each)}
     hooks = [each.register_forward_pre_hook(record(name)) for name, each in linears.items()]
     with torch.no_grad():
         model(**inputs)
@@ -35,6 +35,13 @@ def join_linears(model: Any, inputs: dict[str, Any]) -> int:
     groups = {group for found in members.values() for group in found if len(group) > 1}
     joined = [group for group in groups if all(members[name] == {group} for name in group)]
     return sum(_join(model, {name: linears[name] for name in group}) for group in joined)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a module is a linear layer, with weights as they are: quantized ones are of types of their own."""
+    import torch
+
+    return type(layer) is torch.nn.Linear and type(layer.weight) is torch.nn.Parameter
 
 
 def _join(model: Any, linears: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""quantize-torchao: int8 or int4 weights inside a transformers checkpoint, which transformers opens with torchao."""
+"""quantize-torchao: int8, int4 or fp8 weights in a transformers checkpoint, which transformers opens with torchao."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass
 from optimize.pipeline.memory import FRAMEWORKS
 
 GROUP = 32  # weights of one row that share a four-bit scale
-ROWS = 16  # torch's four-bit kernel takes output features in such blocks
+LEAST = 1e-12  # of an fp8 row's largest number: of a row of zeros, which padding has, torchao (0.18) makes 0 / 0
+BLOCK = 16  # torch's four-bit kernel takes output features in such blocks, its fp8 product both kinds
 
 
 @dataclass(frozen=True)
 class QuantizeTorchao(Pass):
-    """Quantize every linear layer's weights: int8 with activations quantized per token, int8 alone, or int4 alone.
+    """Quantize every linear layer's weights: int8 with activations quantized per token, int8 alone, int4 alone, or fp8
+    with activations quantized per token.
 
-    What picks the next token is quantized too with eight bits, and for that untied from the embeddings; with four it
-    stays as it is. Four-bit values are stored in bytes, since torchao's packed form for CPUs has no safetensors form
+    What picks the next token is quantized too with int8, and for that untied from the embeddings; otherwise it stays as
+    it is. Four-bit values are stored in bytes, since torchao's packed form for CPUs has no safetensors form
     and fits one kind of processor: targets/runtimes/packing.py packs them where they are opened.
     Source: https://docs.pytorch.org/ao, https://huggingface.co/docs/transformers/quantization/torchao
     """
@@ -31,13 +33,17 @@ class QuantizeTorchao(Pass):
     version: ClassVar = 2
     tools: ClassVar = ("torch", "torchao", "transformers", "safetensors")
 
-    mode: Literal["int8", "weights", "int4"] = "int8"
+    mode: Literal["int8", "weights", "int4", "fp8"] = "int8"
 
     @property
     def arithmetic(self) -> str | None:
-        return "int8" if self.mode == "int8" else None
+        return {"int8": "int8", "fp8": "float8_e4m3fn"}.get(self.mode)
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
+        if self.mode == "fp8" and "float8_e4m3fn" not in target.dtypes:
+            return f"{target.device} has no float8_e4m3fn arithmetic"
+        if self.mode == "int4" and target.gpus:
+            return "its four-bit weights are packed for processors; on a GPU, quantize-bitsandbytes{mode=nf4} has some"
         if self.mode == "int4" and "bfloat16" not in target.dtypes:
             return f"torch's four-bit kernel computes in bfloat16, which {target.device} has no arithmetic for"
         return None
@@ -48,7 +54,7 @@ class QuantizeTorchao(Pass):
     def weight_bytes(self, checkpoint: Checkpoint) -> int:
         outer = checkpoint.dimensions.vocabulary * checkpoint.dimensions.hidden  # embeddings stay as they are
         stored = checkpoint.weight_bytes // checkpoint.parameters
-        return stored * outer + int(1.13 * checkpoint.parameters)
+        return stored * outer * (2 if self.mode == "fp8" else 1) + int(1.13 * checkpoint.parameters)
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         import torch
@@ -57,13 +63,13 @@ class QuantizeTorchao(Pass):
         from transformers.quantizers.auto import AutoHfQuantizer
 
         model = load_model(source.path, context.task)
-        if self.mode == "int4" and model.dtype != torch.bfloat16:
+        if self.mode in ("int4", "fp8") and model.dtype != torch.bfloat16:
             raise ValueError(
-                f"torch's four-bit kernel for CPUs is made for bfloat16, the checkpoint is {model.dtype}: "
+                f"torch's kernel for {self.mode} is made for bfloat16, the checkpoint is {model.dtype}: "
                 "put cast-dtype before this pass"
             )
         head = model.get_output_embeddings()
-        if self.mode != "int4" and head is not None and model.config.tie_word_embeddings:
+        if self.mode not in ("int4", "fp8") and head is not None and model.config.tie_word_embeddings:
             head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
             model.config.tie_word_embeddings = False
         linear = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
@@ -73,9 +79,10 @@ class QuantizeTorchao(Pass):
         if share < 0.5:
             raise ValueError(f"only {share:.0%} of its layers' weights are linear ones that torchao can quantize so")
         config = _config(self.mode)
-        if self.mode == "int4":
+        if self.mode in ("int4", "fp8"):
+            quantized = _in_four_bits if self.mode == "int4" else _in_fp8
             for name in chosen:
-                linear[name].weight = torch.nn.Parameter(_in_four_bits(linear[name].weight), requires_grad=False)
+                linear[name].weight = torch.nn.Parameter(quantized(linear[name].weight), requires_grad=False)
         else:
             quantize_(model, config, filter_fn=lambda _, name: name in chosen)
         left = sorted(linear.keys() - chosen)
@@ -89,7 +96,9 @@ class QuantizeTorchao(Pass):
 
     def _takes(self, layer: Any, is_head: bool) -> bool:
         rows, columns = layer.weight.shape
-        return self.mode != "int4" or (not is_head and columns % GROUP == 0 and rows % ROWS == 0)
+        if self.mode not in ("int4", "fp8"):
+            return True
+        return not is_head and rows % BLOCK == 0 and columns % (GROUP if self.mode == "int4" else BLOCK) == 0
 
     def ensures(self, out: Path) -> None:
         from safetensors import safe_open
@@ -104,13 +113,19 @@ class QuantizeTorchao(Pass):
 def _config(mode: str) -> Any:
     import torch
     from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
         Int8DynamicActivationInt8WeightConfig,
         Int8WeightOnlyConfig,
         IntxWeightOnlyConfig,
         MappingType,
         PerGroup,
+        PerRow,
     )
 
+    if mode == "fp8":
+        return Float8DynamicActivationFloat8WeightConfig(
+            granularity=PerRow(), activation_value_lb=LEAST, set_inductor_config=False
+        )
     if mode == "int4":
         return IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP), MappingType.ASYMMETRIC)
     # inductor's options are the compiler's business: compile-generate
@@ -132,6 +147,18 @@ def _in_four_bits(weight: Any) -> Any:
     data = (groups / scale.float()[..., None] + zero.float()[..., None]).round().clamp(-8, 7).to(torch.int8)
     return IntxUnpackedToInt8Tensor(
         data.flatten(1), scale, zero, torch.int4, (1, GROUP), weight.dtype, activation_quantization=None
+    )
+
+
+def _in_fp8(weight: Any) -> Any:
+    """Each row by its largest number. As torchao does it, which asks for a GPU first."""
+    from torchao.quantization import Float8Tensor, PerRow
+    from torchao.quantization.quantize_.workflows.float8.float8_tensor import QuantizeTensorToFloat8Kwargs
+
+    config = _config("fp8")
+    per_token = QuantizeTensorToFloat8Kwargs(config.activation_dtype, PerRow(), hp_value_lb=LEAST)
+    return Float8Tensor.from_hp(
+        weight.detach(), config.weight_dtype, PerRow(), config.mm_config, LEAST, act_quant_kwargs=per_token
     )
 
 

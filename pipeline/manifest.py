@@ -33,8 +33,8 @@ SCHEMA_VERSION = "2.8"
 FILE = "optimize.json"
 REPORT = "report.json"  # in a run's folder
 RECORDED = ("optimize", "torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "tokenizers",
-            "gguf", "torchao", "xllamacpp", "onnxruntime-genai", "openvino-genai", "openvino-tokenizers",
-            "pillow", "soundfile")  # fmt: skip
+            "gguf", "torchao", "bitsandbytes", "accelerate", "xllamacpp", "onnxruntime-genai", "openvino-genai",
+            "openvino-tokenizers", "pillow", "soundfile")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def usage(report: Report, kind: Kind, recipe: str) -> str:
     if report.workload[0].form is Form.CLIPS:
         return _transcribing(report, kind)
     if TASKS[report.checkpoint.task].generates:
-        return _generating(kind, recipe)
+        return _generating(report, kind, recipe)
     return _running(report, kind, recipe)
 
 
@@ -64,20 +64,24 @@ def _running(report: Report, kind: Kind, recipe: str) -> str:
         run = _card("run/onnxruntime-gpu", open=_card("parts/plugged-in" if plugged else "parts/built-in"))
     else:
         cast = _card(CASTS[kind]) if images and kind in CASTS else ""
-        torch = report.host.packages.get("torch")
-        run = _card(f"run/{kind}", auto_class=task.auto_class, torch=torch, cast=cast)
+        cast += _card("parts/on-gpu") if kind is Kind.CHECKPOINT and report.host.target.gpus else ""
+        torch, placed = report.host.packages.get("torch"), _placed(report, recipe)
+        run = _card(f"run/{kind}", auto_class=task.auto_class, torch=torch, cast=cast, placed=placed)
     pooling = report.evaluation.pooling  # what was judged of a sentence
     return f"{given}\n{run}" + (_card(f"pool/{pooling}") if pooling else "")
 
 
-def _generating(kind: Kind, recipe: str) -> str:
+def _generating(report: Report, kind: Kind, recipe: str) -> str:
     if kind is not Kind.CHECKPOINT:
         return _card(f"generate/{kind}", ranks=parse(recipe).placement.shards)
     compiles = "compile-generate" in recipe
     prepare = [_card("parts/pack")] if "quantize-torchao{mode=int4}" in recipe else []
     prepare += [_card("parts/compile")] if compiles else []
     options = ", compile_config=compiling" if compiles else ""
-    return _card("generate/checkpoint", prepare="".join(prepare), options=options)
+    given = ".to(model.device)" if report.host.target.gpus else ""
+    return _card(
+        "generate/checkpoint", prepare="".join(prepare), options=options, placed=_placed(report, recipe), given=given
+    )
 
 
 def _transcribing(report: Report, kind: Kind) -> str:
@@ -88,6 +92,11 @@ def _transcribing(report: Report, kind: Kind) -> str:
         f"transcribe/{kind}", prompt=list(said.prompt), end=said.end, never=list(said.never),
         never_first=list(said.never_first),
     )  # fmt: skip
+
+
+def _placed(report: Report, recipe: str) -> str:
+    """What puts a model that was just loaded where it was proved; bitsandbytes has it there."""
+    return ".cuda()" if report.host.target.gpus and "quantize-bitsandbytes" not in recipe else ""
 
 
 def _tensors(kind: Kind) -> str:
@@ -109,7 +118,8 @@ def install(report: Report, kind: Kind, recipe: str) -> str:
     versions = report.host.packages
     prompts = report.workload[0].form is Form.PROMPTS
     needed = [name for name in IMPORTS[kind] if name != "openvino-genai" or prompts]
-    quantizer = ("torchao",) if "quantize-torchao" in recipe else ()
+    quantizer = ["torchao"] if "quantize-torchao" in recipe else []
+    quantizer += ["bitsandbytes", "accelerate"] if "quantize-bitsandbytes" in recipe else []
     reader = {Form.IMAGES: ("pillow",), Form.CLIPS: ("soundfile",)}.get(report.workload[0].form, ())
     wanted = [name for name in ("transformers", *reader, *needed, *quantizer) if name in versions]
     named = [f"{name}=={versions[name].partition('+')[0]}" for name in wanted]  # without a build's own label

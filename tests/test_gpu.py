@@ -1,7 +1,10 @@
 """The GPU target: what can be said of it without one, and with `-m gpu` what one does."""
 
+import gc
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,12 +22,24 @@ from optimize.models.encoding import encode
 from optimize.models.images import encode_sample
 from optimize.passes._cuda_graphs import fitting, shapes_of, widened
 from optimize.passes.compile_cuda import CompileCuda
+from optimize.pipeline import plan as planning
 from optimize.pipeline.calls import call_of
-from optimize.pipeline.contract import SPREAD, Artifact, Cell, Checkpoint, Context, Dimensions, Form, Kind, Target
+from optimize.pipeline.contract import (
+    SPREAD,
+    Artifact,
+    Cell,
+    Checkpoint,
+    Context,
+    Dimensions,
+    Form,
+    Kind,
+    Target,
+)
 from optimize.pipeline.driver import Request
 from optimize.pipeline.errors import ExitCode, HostError, RequestError
 from optimize.pipeline.gpus import GpuMemory, GpuMeter
 from optimize.pipeline.plan import make_plan
+from optimize.pipeline.recipe import parse
 from optimize.pipeline.toolchain_files import Toolchain
 from optimize.pipeline.toolchains import Toolchains
 from optimize.pipeline.workers import WorkerProcess
@@ -53,6 +68,14 @@ if "optimize.pipeline.worker" in sys.orig_argv:
 """
 H100 = Target("gpu", "NVIDIA H100", "9.0", (), DTYPES, 16, 128 << 30, 1, 80 << 30, "580.159.04")
 HERE = torch.cuda.is_available()
+# recipes for memory: the least cosine of what they answer to what bfloat16 does, which wrong scales would break, and
+# what they take of the GPU at most, as a share of what that does
+FOR_MEMORY = {
+    "torchao-int8": (0.995, 0.55), "torchao-fp8": (0.97, 0.55), "bitsandbytes-int8": (0.995, 0.55),
+    "bitsandbytes-nf4": (0.92, 0.35), "torchao-int8-compiled": (0.995, math.inf),
+    "torchao-int8-weights-compiled": (0.995, math.inf), "torchao-fp8-compiled": (0.97, math.inf),
+}  # fmt: skip
+LANGUAGE, ENCODERS = ([name for name in FOR_MEMORY if name in texts] for texts in (gpu.GENERATING, gpu.RECIPES))
 
 
 def drive(
@@ -232,7 +255,7 @@ def test_the_plan_names_the_gpu_and_what_cannot_run_on_it(tmp_path: Path) -> Non
     assert "compiled-fp16" in text
     turing = replace(H100, dtypes=("float32", "float16"))
     left_out = {each.name for each in gpu.recipes(checkpoint, turing) if each.why_not(checkpoint, turing)}
-    assert left_out == {"eager-bf16", "compiled-bf16"}
+    assert left_out == {"eager-bf16", "compiled-bf16", *ENCODERS}
     with pytest.raises(RequestError, match="it is for NVIDIA GPUs, and here is none"):
         make_plan(checkpoint, cpu.probe(), [each for each in able if "compiled" in each.name], workload="1x32")
 
@@ -429,3 +452,138 @@ def test_every_form_of_model_has_a_plan_on_a_gpu(
     plan = asked.plan(install=False).plan
     assert {each.recipe.name for each in plan.recipes} >= planned
     assert all(each.need.gpu for each in plan.recipes)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "name"),
+    [*(("make_checkpoint", name) for name in ENCODERS), *(("make_language_model", name) for name in LANGUAGE)],
+)
+def test_recipes_for_memory_are_planned_where_they_are_asked_for(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fixture: str, name: str
+) -> None:
+    drive(monkeypatch)
+    checkpoint = str(request.getfixturevalue(fixture)())
+    asked = Request(checkpoint, target="gpu", recipes=(name,), objective="memory", min_speedup=0.5, cache=tmp_path)
+    (planned,) = asked.plan(install=False).plan.recipes
+    assert planned.recipe.name == name and planned.need.gpu
+
+
+def test_recipes_for_memory_take_less_of_the_gpu_by_the_plan_too(tmp_path: Path) -> None:
+    sizes = Dimensions(hidden=4096, intermediate=14336, layers=32, vocabulary=32000, cache=65536)
+    seven = Checkpoint(
+        "seven", tmp_path, None, "text-generation", "MistralForCausalLM", "bfloat16", 7 * 10**9, 14 * 10**9, 4096,
+        {"config.json": "c"}, dimensions=sizes,
+    )  # fmt: skip
+    ada = replace(H100, dtypes=(*DTYPES, "int8", "float8_e4m3fn"))
+    small = {name for name, (_, most) in FOR_MEMORY.items() if most < 1}
+    asked = [each for each in gpu.recipes(seven, ada) if each.name in {"eager-bf16", *small}]
+    plan = make_plan(
+        seven, ada, asked, workload="1x128+64", form=Form.PROMPTS, running_memory=running_memory, gpu_memory=gpu_memory
+    )
+    needs = {each.recipe.name: each.need.gpu - (3 << 30) for each in plan.recipes}  # beside what all take
+    assert 13e9 < needs.pop("eager-bf16") < 15e9
+    assert 3.5e9 < needs.pop("bitsandbytes-nf4") < 5e9
+    assert all(7e9 < need < 9e9 for need in needs.values()) and len(needs) == 3
+
+
+@pytest.mark.parametrize(
+    ("capability", "text", "reason"),
+    [
+        ((8, 0), "torchao-fp8", "quantize-torchao: NVIDIA Example has no float8_e4m3fn arithmetic"),
+        ((9, 0), "cast-dtype,quantize-torchao{mode=int4}", "its four-bit weights are packed for processors"),
+        ((7, 0), "bitsandbytes-int8", "quantize-bitsandbytes: NVIDIA Example has no int8 arithmetic"),
+        ((9, 0), "bitsandbytes-nf4", "needs bitsandbytes, which is not installed: pip install bitsandbytes"),
+    ],
+)
+def test_why_a_recipe_for_memory_is_left_out(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: tuple[int, int], text: str, reason: str
+) -> None:
+    drive(monkeypatch, capability=capability)
+    if "not installed" in reason:
+        there = planning.installed_version
+        monkeypatch.setattr(planning, "installed_version", lambda name: None if name == "bitsandbytes" else there(name))
+    with pytest.raises(RequestError, match=re.escape(reason)):
+        Request(str(tiny), target="gpu", recipes=(text,), cache=tmp_path).plan(install=False)
+
+
+def lowered(recipe: str, source: Path, task: str, folder: Path, cells: tuple[Cell, ...]) -> tuple[Kind, Path]:
+    """What the recipe's passes make on this host's GPU."""
+    context = Context(task, gpu.probe(), None, cells)
+    kind = Kind.CHECKPOINT
+    for index, step in enumerate(parse(recipe).passes):
+        out = folder / f"{index}-{step.name}"
+        out.mkdir(parents=True)
+        step.run(Artifact(kind, source, "", ""), context, out)
+        step.ensures(out)
+        kind, source = step.produces, out
+    return kind, source
+
+
+def likeness(found: Any, expected: Any) -> float:
+    """Cosine over the last axis, on average."""
+    pair = (torch.from_numpy(np.asarray(each)) for each in (found, expected))
+    return float(torch.nn.functional.cosine_similarity(*pair, dim=-1).mean())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HERE, reason="here is no GPU")
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_a_quantized_language_model_takes_less_of_the_gpu_and_answers_alike(
+    name: str, make_language_model: MakeCheckpoint, tmp_path: Path
+) -> None:
+    task, tokens = "text-generation", np.random.default_rng(0).integers(5, 500, 48)
+    source = make_language_model(
+        hidden_size=1024, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=8, initializer_range=0.005
+    )
+    answers, taken = {}, {}
+    for each in ("eager-bf16", name):
+        kind, folder = lowered(gpu.GENERATING[each], source, task, tmp_path / each, (Cell(2, 32, 4),))
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        session: Any = open_session(kind, folder, task, 1, device="cuda")
+        taken[each] = torch.cuda.memory_allocated() - before
+        answers[each] = session.logits(tokens, len(tokens))
+        step = session.prefill([tokens[:20], tokens[:10]], 4)
+        assert np.isfinite(step).all() and likeness(step[0], answers[each][19]) > 0.99
+        assert session.generate([tokens[:5]], 4).tokens.shape == (1, 4)
+        del session
+    least, most = FOR_MEMORY[name]
+    assert likeness(answers[name], answers["eager-bf16"]) > least
+    assert taken[name] < most * taken["eager-bf16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HERE, reason="here is no GPU")
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_quantized_encoder_answers_alike_on_a_gpu(name: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source, answers = make_checkpoint(), {}
+    batch = encode(source, [{"text": text * 4} for text in TEXTS], 64, (len(TEXTS),))[0]
+    for each in ("eager-bf16", name):
+        kind, folder = lowered(gpu.RECIPES[each], source, TASK, tmp_path / each, (Cell(1, 32), Cell(4, 64)))
+        session = open_session(kind, folder, TASK, 1, device="cuda")
+        answers[each] = session.run(batch)["last_hidden_state"][batch["attention_mask"] != 0]
+    assert likeness(answers[name], answers["eager-bf16"]) > FOR_MEMORY[name][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HERE, reason="here is no GPU")
+def test_who_asks_for_memory_gets_what_takes_least_of_the_gpu(
+    make_language_model: MakeCheckpoint, cli: Cli, tmp_path: Path
+) -> None:
+    source = make_language_model(
+        hidden_size=2048, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=16,
+        num_hidden_layers=4, initializer_range=0.0035,
+    )  # fmt: skip
+    outcome = cli(
+        source, "--target", "gpu", "--recipe", "eager-bf16", "--recipe", "bitsandbytes-nf4", "--objective", "memory",
+        "--workload", "1x8+4", "--budget", "1s", "--max-drop", "0.9", "--min-speedup", "0.0001", "--max-load", "1",
+        "--out", tmp_path / "emitted",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.output
+    manifest = json.loads((tmp_path / "emitted" / "optimize.json").read_text())
+    taken = {each["name"]: each["gpu_memory"]["most"] for each in manifest["report"]["candidates"]}
+    assert manifest["report"]["emitted"] == "bitsandbytes-nf4" and taken["bitsandbytes-nf4"] < taken["eager-bf16"]
+    lines = re.search(r"```python\n(.*?)```", (tmp_path / "emitted" / "README.md").read_text(), re.DOTALL)
+    assert lines is not None
+    done = subprocess.run([sys.executable, "-c", lines[1]], cwd=tmp_path / "emitted", capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import StoppingCriteria
 
-from optimize.models.loading import is_quantized, load_model
+from optimize.models.loading import load_model, quantized_by
 from optimize.models.tasks import TASKS
 from optimize.passes.compile_generate import COMPILING
 from optimize.pipeline.contract import SPREAD, Array, Batch, Form, Generation, Layers
@@ -153,7 +153,7 @@ def open_session(path: Path, task: str, cores: int, device: str = "cpu") -> Eage
         from optimize.targets.runtimes.cuda import CudaSession
 
         return CudaSession(model, device)
-    if is_quantized(path):
+    if device == "cpu" and quantized_by(path) == "torchao":
         pack_int4(model)
     if not TASKS[task].generates:
         return EagerSession(model)

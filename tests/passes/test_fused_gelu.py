@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 from optimize.passes._fused_gelu import fuse, fuse_gelu
 
@@ -54,6 +55,15 @@ def test_it_computes_the_same_in_half_precision(dtype: torch.dtype) -> None:
 )
 def test_others_stay_as_they_are(model: Layer, dtype: torch.dtype) -> None:
     model, inputs = model.to(dtype).eval(), torch.randn(2, 5, 32).to(dtype)
+    count, found = fused(model, inputs)
+    assert count == 0
+    with torch.inference_mode():
+        torch.testing.assert_close(found, model(inputs), atol=0, rtol=0)
+
+
+def test_a_quantized_product_stays_as_it_is() -> None:
+    model, inputs = Layer().bfloat16().eval(), torch.randn(2, 5, 32).bfloat16()
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
     count, found = fused(model, inputs)
     assert count == 0
     with torch.inference_mode():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from optimize.models.loading import load_model, sample_inputs
 from optimize.passes._joint_linears import join_linears
@@ -44,6 +45,17 @@ def test_queries_keys_and_values_are_one_product(tiny: Path) -> None:
     assert again.shape[:2] == (1, 5)
     assert not [each for each in model.modules() if getattr(each, "product", None) is not None]  # nothing is held
     assert join_linears(model, inputs) == 0  # none is left
+
+
+def test_quantized_layers_are_left_as_they_are(tiny: Path) -> None:
+    model, inputs = load_model(tiny, TASK), sample_inputs(tiny)
+    some = {f"encoder.layer.0.attention.self.{name}" for name in ("query", "key")}
+    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False), filter_fn=lambda _, name: name in some)
+    expected, _ = run(model, inputs)
+    assert join_linears(model, inputs) == 3 * (model.config.num_hidden_layers - 1)  # values alone are no group
+    found, _ = run(model, inputs)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert type(model.get_submodule(min(some)).weight).__name__ == "Int8Tensor"
 
 
 def test_what_inductor_makes_of_it_is_kept_in_its_cache(

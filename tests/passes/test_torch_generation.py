@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
 
 from optimize.models.checkpoint import resolve
 from optimize.passes.cast_dtype import CastDtype
@@ -62,6 +64,7 @@ def folders(make_language_model: MakeCheckpoint, tmp_path_factory: pytest.TempPa
     run(QuantizeTorchao(), "eager", "int8")
     run(QuantizeTorchao(mode="weights"), "bf16", "weights")
     run(QuantizeTorchao(mode="int4"), "bf16", "int4")
+    run(QuantizeTorchao(mode="fp8"), "bf16", "fp8")
     run(CompileGenerate(), "eager", "compiled")
     run(CompileGenerate(freeze=True), "int8", "int8-compiled")
     return found
@@ -72,13 +75,15 @@ def plain(folders: dict[str, Path]) -> dict[str, dict[str, np.ndarray]]:
     """Tokens and logits of every folder in a process that knows transformers alone."""
     code = PLAIN.replace("TOKENS", str(TOKENS.tolist())).replace("NEW", str(NEW))
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, folders.values())],
+        [sys.executable, "-c", code, *(str(folder) for name, folder in folders.items() if name != "fp8")],
         capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     return {
-        name: {key: np.array(value) for key, value in found[str(folder)].items()} for name, folder in folders.items()
+        name: {key: np.array(value) for key, value in found[str(folder)].items()}
+        for name, folder in folders.items()
+        if str(folder) in found
     }
 
 
@@ -103,6 +108,26 @@ def test_quantized_weights_stay_near_and_open_as_they_are(
         assert (generate(session, PROMPTS, NEW).tokens == plain[name]["tokens"]).all()
 
 
+def test_fp8_has_a_scale_for_each_row_and_quantizes_each_token(folders: dict[str, Path]) -> None:
+    """Weights alone: what multiplies them is a GPU's, see tests/test_gpu.py."""
+    models = {name: eager.open_session(folders[name], TASK, 2).model for name in ("fp8", "bf16")}
+    original = dict(models["bf16"].named_parameters())
+    kinds = {name: type(weight).__name__ for name, weight in models["fp8"].named_parameters() if weight.dim() == 2}
+    left = {"model.embed_tokens.weight"}  # and what picks the next token, which is the same
+    assert {name for name, kind in kinds.items() if kind != "Float8Tensor"} == left
+    for name in kinds.keys() - left:
+        weight, expected = models["fp8"].get_parameter(name), original[name].float()
+        assert weight.qdata.dtype is torch.float8_e4m3fn and tuple(weight.scale.shape) == (len(expected), 1)
+        assert (weight.dequantize().float() - expected).norm() < 0.03 * expected.norm()
+        assert weight.act_quant_kwargs.float8_dtype is torch.float8_e4m3fn
+        assert type(weight.act_quant_kwargs.granularity).__name__ == "PerRow"
+        # of nothing but zeros, which is what attention leaves of padding, there is no largest number to go by
+        tokens = _choose_quant_func_and_quantize_tensor(torch.zeros(2, 64).bfloat16(), weight.act_quant_kwargs)
+        assert not tokens.dequantize().float().any()
+    config = json.loads((folders["fp8"] / "config.json").read_text())["quantization_config"]
+    assert config["quant_type"]["default"]["_type"] == "Float8DynamicActivationFloat8WeightConfig"
+
+
 def test_weights_are_quantized_when_opened(folders: dict[str, Path]) -> None:
     def parameters(name: str) -> dict[str, str]:
         model = eager.open_session(folders[name], TASK, 2).model
@@ -113,7 +138,7 @@ def test_weights_are_quantized_when_opened(folders: dict[str, Path]) -> None:
     assert {key for key, kind in int4.items() if kind != "Int4OpaqueTensor"} == {"model.embed_tokens.weight"}  # tied
 
 
-@pytest.mark.parametrize("name", ["int8", "weights", "int4"])
+@pytest.mark.parametrize("name", ["int8", "weights", "int4", "fp8"])
 def test_quantized_weights_lie_where_vectors_can_read_them(name: str, folders: dict[str, Path]) -> None:
     for path in folders[name].glob("*.safetensors"):
         data = path.read_bytes()
@@ -143,7 +168,7 @@ def test_plain_transformers_uses_the_static_cache(
 ) -> None:
     assert (plain["compiled"]["tokens"] == plain["eager"]["tokens"]).all()
     assert (plain["int8-compiled"]["tokens"] == plain["int8"]["tokens"]).all()
-    assert [name for name in folders if plain[name]["static"]] == ["compiled", "int8-compiled"]
+    assert [name for name in plain if plain[name]["static"]] == ["compiled", "int8-compiled"]
 
 
 def test_what_ends_a_text_is_kept(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -170,6 +195,7 @@ def test_what_cannot_run_is_refused_in_the_plan(
     folders: dict[str, Path], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, target = resolve(str(folders["eager"])), probe()
+    assert "has no float8_e4m3fn arithmetic" in str(QuantizeTorchao(mode="fp8").requires(checkpoint, target))
     assert CompileGenerate().requires(checkpoint, target) is None
     assert "continues no text" in str(CompileGenerate().requires(resolve(str(tiny)), target))
     config = json.loads((folders["eager"] / "config.json").read_text())
@@ -182,10 +208,11 @@ def test_what_cannot_run_is_refused_in_the_plan(
     assert "no C++ compiler" in str(CompileGenerate().requires(checkpoint, target))
 
 
-def test_four_bits_want_bfloat16(folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["int4", "fp8"])
+def test_some_modes_want_bfloat16(mode: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     source = Artifact(Kind.CHECKPOINT, folders["eager"], "", "")
-    with pytest.raises(ValueError, match="put cast-dtype before"):
-        QuantizeTorchao(mode="int4").run(source, Context(TASK, probe()), tmp_path)
+    with pytest.raises(ValueError, match=f"kernel for {mode} is made for bfloat16, .*: put cast-dtype before"):
+        QuantizeTorchao(mode=mode).run(source, Context(TASK, probe()), tmp_path)
 
 
 def test_layers_that_torchao_cannot_take_are_not_passed_over(

@@ -201,6 +201,23 @@ def test_a_report_names_what_it_ran_with(manifest: Manifest) -> None:
     assert None not in packages.values()
 
 
+@pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])
+def test_a_checkpoint_that_was_proved_on_a_gpu_is_run_there(manifest: Manifest, task: str) -> None:
+    source = dataclasses.replace(manifest.report.checkpoint, task=task)
+    target = dataclasses.replace(manifest.report.host.target, gpus=1)
+    packages = {"transformers": "5.17.0", "torch": "2.11.0+cu130", "bitsandbytes": "0.50.2", "accelerate": "1.15.0"}
+    host = dataclasses.replace(manifest.report.host, target=target, packages=packages)
+    report = dataclasses.replace(manifest.report, checkpoint=source, host=host)
+    for recipe, moved in (("cast-dtype", True), ("quantize-bitsandbytes", False)):  # transformers moves that one
+        lines = usage(report, Kind.CHECKPOINT, recipe)
+        compile(lines, "card", "exec")
+        assert (".cuda()" in lines) is moved and ".to(model.device)" in lines
+        assert "cuda" not in usage(manifest.report, Kind.CHECKPOINT, recipe)
+    assert install(report, Kind.CHECKPOINT, "quantize-bitsandbytes{mode=nf4}").split()[2:] == [
+        "transformers==5.17.0", "torch==2.11.0", "bitsandbytes==0.50.2", "accelerate==1.15.0",
+    ]  # fmt: skip
+
+
 GENERATING = (Kind.GGUF, Kind.OLLAMA, Kind.GENAI, Kind.TENSORRT_LLM, Kind.VLLM, Kind.TENSOR_PARALLEL)
 BOTH = (Kind.CHECKPOINT, Kind.OPENVINO, Kind.CUDA_GRAPHS)
 
