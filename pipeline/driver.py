@@ -23,7 +23,7 @@ from optimize.pipeline.errors import OptimizeError, RequestError
 from optimize.pipeline.installing import install_missing
 from optimize.pipeline.manifest import Report
 from optimize.pipeline.memory import GIB, parse_memory
-from optimize.pipeline.plan import Plan, make_plan, shortened
+from optimize.pipeline.plan import Plan, make_plan
 from optimize.pipeline.prepare import Texts
 from optimize.pipeline.progress import Progress
 from optimize.pipeline.recipe import parse
@@ -31,6 +31,7 @@ from optimize.pipeline.run import Run, new_run_folder
 from optimize.pipeline.store import Store
 from optimize.pipeline.toolchain_files import Toolchain
 from optimize.pipeline.toolchains import Toolchains
+from optimize.pipeline.workload import shortened
 
 logger = logging.getLogger(__name__)
 LIVE = "live.lock"  # in a run's folder: held by the process that runs it

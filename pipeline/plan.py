@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from optimize.pipeline.contract import Cell, Checkpoint, Form, Gates, Kind, Pass, Recipe, Target
 from optimize.pipeline.errors import RequestError, ToolchainError
+from optimize.pipeline.keys import checkpoint_key, step_key, tool_version
 from optimize.pipeline.memory import DRIVER, GIB, MORE, Need, gib, what_would_fit, why_gpu_too_small, why_too_large
 from optimize.pipeline.recipe import UNCHANGED, parse, pass_text, recipe_text
 from optimize.pipeline.store import Store
 from optimize.pipeline.toolchains import Environment, Toolchains
-from optimize.pipeline.versions import installed_version
+from optimize.pipeline.workload import DEFAULT_WORKLOAD, parse_workload
 
-KEY_VERSION = 1  # bump when the meaning of keys changes
-DEFAULT_WORKLOAD = "1x32,1x128,8x128"
-# for example
-WORKLOADS = {Form.TOKENS: "1x32,8x128", Form.PROMPTS: "1x32+32,1x512+16", Form.IMAGES: "1,8,32",
-             Form.CLIPS: "1+32,4+32"}  # fmt: skip
-PARTS = {"BATCH": "batch", "TOKENS": "sequence", "PROMPT": "sequence", "NEW": "new"}  # of a form, and fields of a cell
 IDLE = 2 << 30  # bytes of a GPU that its driver may hold for itself
-MAX_WEIGHT = 1000
-MAX_TOKENS = 1 << 20  # in one cell: more is a typing error, and would only end in an out-of-memory kill
 
 # bytes that running an artifact of that kind takes; the checkpoint's weight_bytes are the artifact's
 RunningMemory = Callable[[Kind, Checkpoint, Sequence[Cell]], int]
@@ -154,6 +144,76 @@ class Plan:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Planner:
+    """What every recipe of a run is planned with."""
+
+    checkpoint: Checkpoint
+    target: Target
+    cells: Sequence[Cell]
+    calibration_digest: str | None
+    running_memory: RunningMemory
+    gpu_memory: GpuMemory
+    toolchains: Toolchains | None
+
+    @cached_property
+    def source_key(self) -> str:
+        return checkpoint_key(self.checkpoint)
+
+    @property
+    def free(self) -> int:
+        """Bytes of each GPU."""
+        return self.target.gpu_memory - self.target.gpu_used
+
+    def plan(self, recipe: Recipe, shards: int | None = None) -> PlannedRecipe:
+        """Its keys, and the memory that its steps and its artifact take, with its weights on so many GPUs."""
+        environments = self.environments(recipe)
+        steps: list[Step] = []
+        facts, more = self.checkpoint, 0  # what is known of the weights after each step
+        for step in recipe.passes:
+            key = step_key(
+                steps[-1].key if steps else self.source_key, step, self.checkpoint.task, self.target,
+                self.calibration_digest, environments.get(step.toolchain), self.cells,
+            )  # fmt: skip
+            steps.append(Step(step, key, recipe_text(Recipe("", recipe.passes[: len(steps) + 1])), step.memory(facts)))
+            more += step.extra_memory(facts)
+            facts = replace(facts, weight_bytes=step.weight_bytes(facts), dtype=step.arithmetic or facts.dtype)
+        running = self.running_memory(recipe.produces, facts, self.cells) + more
+        archived = "; ".join(filter(None, (each.archived for each in environments.values())))
+        shards = shards or recipe.placement.shards
+        on_gpu = self.gpu_memory(recipe.produces, facts, self.cells, shards) if self.target.gpus else 0
+        need = Need(max((step.memory for step in steps), default=0), running, on_gpu, shards)
+        return PlannedRecipe(recipe, tuple(steps), need, archived)
+
+    def eager(self, text: str) -> PlannedRecipe:
+        """On one GPU; where that does not hold it, with its layers over all of them."""
+        one = self.plan(parse(text))
+        several = self.target.gpus > 1 and one.need.gpu > self.free
+        return self.plan(parse(text), self.target.gpus) if several else one
+
+    def why_not(self, recipe: Recipe) -> str | None:
+        """Why it cannot run here, whatever memory there is; or None."""
+        if (reason := recipe.why_not(self.checkpoint, self.target)) is not None:
+            return reason
+        try:
+            environments = self.environments(recipe)
+        except ToolchainError as error:
+            return f"{error.message}; {error.hint}" if error.hint else error.message
+        for step in recipe.passes:
+            for tool in step.tools:
+                if tool_version(tool, environments.get(step.toolchain)) is None:
+                    return f"{step.name} needs {tool}, which is not installed: pip install {tool}"
+            if step.calibrated and self.calibration_digest is None:
+                return f"{step.name}: no calibration data (--data would give some)"
+        return None
+
+    def environments(self, recipe: Recipe) -> dict[str, Environment]:
+        """By name, those that it needs beside this one. Raises ToolchainError for one that cannot be used."""
+        if recipe.toolchains and self.toolchains is None:
+            raise ToolchainError(f"toolchain {recipe.toolchains[0]} is not offered here")
+        return self.toolchains.find_all(recipe.toolchains) if self.toolchains is not None else {}
+
+
 def make_plan(
     checkpoint: Checkpoint,
     target: Target,
@@ -184,39 +244,21 @@ def make_plan(
     if not 0 <= gates.max_load <= 1:
         raise RequestError(f"--max-load {gates.max_load:g} is not between 0 and 1")
     cells = parse_workload(workload, checkpoint.max_length, form)
-    source_key = checkpoint_key(checkpoint)
-
-    free = target.gpu_memory - target.gpu_used
-
-    def with_keys(recipe: Recipe, shards: int | None = None) -> PlannedRecipe:
-        environments = _environments(recipe, toolchains)
-        return _planned(
-            recipe, source_key, checkpoint, target, calibration_digest, cells, running_memory, gpu_memory, environments,
-            shards or recipe.placement.shards,
-        )  # fmt: skip
-
-    def eager_model(text: str) -> PlannedRecipe:
-        """On one GPU; where that does not hold it, with its layers over all of them."""
-        one = with_keys(parse(text))
-        return one if one.need.gpu <= free or target.gpus < 2 else with_keys(parse(text), target.gpus)
-
-    def why_not(recipe: Recipe) -> str | None:
-        return _reason(recipe, checkpoint, target, calibration_digest, toolchains)
-
+    planner = _Planner(checkpoint, target, cells, calibration_digest, running_memory, gpu_memory, toolchains)
     planned: list[PlannedRecipe] = []
     left_out: list[LeftOut] = []
-    reference = eager_model("cast-dtype{dtype=float32}" if checkpoint.dtype != "float32" else UNCHANGED)
-    eager = eager_model(UNCHANGED).need
+    reference = planner.eager("cast-dtype{dtype=float32}" if checkpoint.dtype != "float32" else UNCHANGED)
+    eager = planner.eager(UNCHANGED).need
     baseline = eager.run
     _check_reference_fits(reference.need, eager, target)
     for recipe in recipes:
-        reason = why_not(recipe)
+        reason = planner.why_not(recipe)
         if reason is not None:
             left_out.append(LeftOut(recipe, reason))
             continue
-        each = with_keys(recipe)
+        each = planner.plan(recipe)
         large = why_too_large(each.need, baseline, target.memory)
-        if large := large or why_gpu_too_small(each.need, eager, free):
+        if large := large or why_gpu_too_small(each.need, eager, planner.free):
             left_out.append(LeftOut(recipe, large, too_large=True))
             continue
         planned.append(each)
@@ -227,46 +269,16 @@ def make_plan(
         listed = "; ".join(f"{left.recipe.name}: {left.reason}" for left in left_out)
         hint = None
         if too_large := [left.recipe for left in left_out if left.too_large]:
-            able = [each for each in others if why_not(each) is None]
-            needs = {each.name: with_keys(each).need for each in (*too_large, *able)}
+            able = [each for each in others if planner.why_not(each) is None]
+            needs = {each.name: planner.plan(each).need for each in (*too_large, *able)}
             hint = what_would_fit(needs, baseline, target.memory)
         raise RequestError(f"no recipe can run here ({listed})" if listed else "there are no recipes", hint=hint)
-    environments = {name: each for one in planned for name, each in _environments(one.recipe, toolchains).items()}
+    environments = {name: each for one in planned for name, each in planner.environments(one.recipe).items()}
     return Plan(
-        checkpoint, source_key, target, tuple(planned), tuple(left_out), cells, gates, budget, evaluation,
+        checkpoint, planner.source_key, target, tuple(planned), tuple(left_out), cells, gates, budget, evaluation,
         calibration_digest, next(iter(reference.steps), None), reference.need.run, baseline, environments,
         allow_archived, reference.need.gpu, eager.gpu, reference.need.gpus, eager.gpus,
     )  # fmt: skip
-
-
-def _planned(
-    recipe: Recipe,
-    source_key: str,
-    checkpoint: Checkpoint,
-    target: Target,
-    calibration_digest: str | None,
-    cells: Sequence[Cell],
-    running_memory: RunningMemory,
-    gpu_memory: GpuMemory,
-    environments: Mapping[str, Environment],
-    shards: int,
-) -> PlannedRecipe:
-    """A recipe with its keys, and with the memory that its steps and its artifact take."""
-    steps: list[Step] = []
-    facts, more = checkpoint, 0  # what is known of the weights after each step
-    for step in recipe.passes:
-        key = step_key(
-            steps[-1].key if steps else source_key, step, checkpoint.task, target, calibration_digest,
-            environments.get(step.toolchain), cells,
-        )  # fmt: skip
-        steps.append(Step(step, key, recipe_text(Recipe("", recipe.passes[: len(steps) + 1])), step.memory(facts)))
-        more += step.extra_memory(facts)
-        facts = replace(facts, weight_bytes=step.weight_bytes(facts), dtype=step.arithmetic or facts.dtype)
-    running = running_memory(recipe.produces, facts, cells) + more
-    archived = "; ".join(filter(None, (each.archived for each in environments.values())))
-    on_gpu = gpu_memory(recipe.produces, facts, cells, shards) if target.gpus else 0
-    need = Need(max((step.memory for step in steps), default=0), running, on_gpu, shards)
-    return PlannedRecipe(recipe, tuple(steps), need, archived)
 
 
 def _check_reference_fits(reference: Need, baseline: Need, target: Target) -> None:
@@ -285,120 +297,6 @@ def _check_reference_fits(reference: Need, baseline: Need, target: Target) -> No
             f"the float32 reference needs about {gib(needed)} GiB of memory, {target.memory / GIB:.1f} may be used",
             hint=f"{MORE}: no recipe is judged without it",
         )
-
-
-def parse_workload(text: str, max_length: int, form: Form = Form.TOKENS) -> tuple[Cell, ...]:
-    """Read cells of that form, such as `1x32*9,8x128`. Raises RequestError for what cannot be run."""
-    pattern = re.sub("[A-Z]+", lambda part: rf"(?P<{PARTS[part[0]]}>\d+)", re.escape(form)) + r"(\*(?P<weight>\d+))?"
-    cells: list[Cell] = []
-    for part in text.split(","):
-        match = re.fullmatch(pattern, part.strip(), re.ASCII)
-        if match is None:
-            raise RequestError(f"--workload: {part!r} is not {form}", hint=f"for example {WORKLOADS[form]}")
-        cell = Cell(**{name: int(number) for name, number in match.groupdict().items() if number})
-        if not 0 < cell.weight <= MAX_WEIGHT:
-            raise RequestError(f"--workload: {part.strip()}: a weight is a whole number from 1 to {MAX_WEIGHT}")
-        if form in (Form.PROMPTS, Form.CLIPS) and cell.new < 2:
-            raise RequestError(f"--workload: {cell}: at least 2 new tokens, to tell the first from the rest")
-        if form in (Form.IMAGES, Form.CLIPS) and cell.batch < 1:
-            raise RequestError(f"--workload: {cell}: at least a batch of 1")
-        if form in (Form.TOKENS, Form.PROMPTS) and (cell.batch < 1 or cell.sequence < 4):
-            raise RequestError(f"--workload: {part}: at least a batch of 1 and 4 tokens (two of them are special)")
-        if cell.sequence + cell.new > max_length:
-            raise RequestError(
-                f"--workload: {cell} is longer than the model's limit of {max_length} tokens",
-                hint="prompt and new tokens count together" if cell.new else "name a shorter one",
-            )
-        if cell.tokens > MAX_TOKENS:
-            raise RequestError(f"--workload: {cell} is more than {MAX_TOKENS} tokens in one call")
-        if str(cell) in map(str, cells):
-            raise RequestError(f"--workload: {cell} is given twice", hint=f"to have it count twice: {cell}*2")
-        cells.append(cell)
-    return tuple(cells)
-
-
-def shortened(workload: str, max_length: int) -> str:
-    """A workload that nobody asked for, for a model that takes less: prompts are cut, cells that become one are one."""
-    cells: dict[str, None] = {}
-    for part in workload.split(","):
-        batch, x, tokens = part.partition("x")
-        sequence, plus, new = tokens.partition("+")
-        cells[f"{batch}x{min(int(sequence), max_length - int(new or 0))}{plus}{new}" if x else part] = None
-    return ",".join(cells)
-
-
-def checkpoint_key(checkpoint: Checkpoint) -> str:
-    """The key that every recipe starts from: the files' content. Not in it: the id, the folder, the file times."""
-    return _sha256({"version": KEY_VERSION, "files": dict(checkpoint.files)})
-
-
-def step_key(
-    source_key: str,
-    step: Pass,
-    task: str,
-    target: Target,
-    calibration_digest: str | None,
-    environment: Environment | None = None,
-    workload: Sequence[Cell] = (),
-) -> str:
-    """The lineage key of what `step` makes from the artifact `source_key`.
-
-    Not in it, because it does not change the output: the host's name, memory, load and time, the cache folder, the
-    worker that runs it, and versions of distributions that the pass does not name; but of a toolchain, all of them.
-    """
-    some = {} if environment is None else {"toolchain": environment.digest}
-    if step.shaped:
-        some["workload"] = ",".join(map(str, workload))
-    return _sha256(
-        some
-        | {
-            "source": source_key,
-            "pass": step.name,
-            "version": step.version,
-            "options": {option.name: getattr(step, option.name) for option in fields(step)},
-            "tools": {tool: _version(tool, environment) for tool in step.tools},
-            "target": {fact: getattr(target, fact) for fact in step.target_facts},
-            "task": task,
-            "calibration": calibration_digest if step.calibrated else None,
-        }
-    )
-
-
-def _version(tool: str, environment: Environment | None) -> str | None:
-    return installed_version(tool) if environment is None else environment.packages.get(tool)
-
-
-def _environments(recipe: Recipe, toolchains: Toolchains | None) -> dict[str, Environment]:
-    """By name, those that the recipe needs beside this one. Raises ToolchainError for one that cannot be used."""
-    if recipe.toolchains and toolchains is None:
-        raise ToolchainError(f"toolchain {recipe.toolchains[0]} is not offered here")
-    return toolchains.find_all(recipe.toolchains) if toolchains is not None else {}
-
-
-def _reason(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    target: Target,
-    calibration_digest: str | None,
-    toolchains: Toolchains | None,
-) -> str | None:
-    if (reason := recipe.why_not(checkpoint, target)) is not None:
-        return reason
-    try:
-        environments = _environments(recipe, toolchains)
-    except ToolchainError as error:
-        return f"{error.message}; {error.hint}" if error.hint else error.message
-    for step in recipe.passes:
-        for tool in step.tools:
-            if _version(tool, environments.get(step.toolchain)) is None:
-                return f"{step.name} needs {tool}, which is not installed: pip install {tool}"
-        if step.calibrated and calibration_digest is None:
-            return f"{step.name}: no calibration data (--data would give some)"
-    return None
-
-
-def _sha256(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
 
 
 def _on_gpus(planned: PlannedRecipe) -> str:

@@ -22,7 +22,7 @@ from optimize.models.encoding import encode
 from optimize.models.images import encode_sample
 from optimize.passes._cuda_graphs import fitting, shapes_of, widened
 from optimize.passes.compile_cuda import CompileCuda
-from optimize.pipeline import plan as planning
+from optimize.pipeline import keys
 from optimize.pipeline.calls import call_of
 from optimize.pipeline.contract import (
     SPREAD,
@@ -500,8 +500,8 @@ def test_why_a_recipe_for_memory_is_left_out(
 ) -> None:
     drive(monkeypatch, capability=capability)
     if "not installed" in reason:
-        there = planning.installed_version
-        monkeypatch.setattr(planning, "installed_version", lambda name: None if name == "bitsandbytes" else there(name))
+        there = keys.installed_version
+        monkeypatch.setattr(keys, "installed_version", lambda name: None if name == "bitsandbytes" else there(name))
     with pytest.raises(RequestError, match=re.escape(reason)):
         Request(str(tiny), target="gpu", recipes=(text,), cache=tmp_path).plan(install=False)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from optimize.pipeline import plan
+from optimize.pipeline import keys
 from optimize.pipeline.accuracy import Accuracy
 from optimize.pipeline.contract import Cell, Checkpoint, Gates, Kind, LabelKind, Labelling, Meaning, Objective, Target
 from optimize.pipeline.errors import ExitCode
@@ -43,7 +43,7 @@ def target() -> Target:
 def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The versions that are taken to be installed; a test may change them."""
     pinned = dict(TOOLS)
-    monkeypatch.setattr(plan, "installed_version", pinned.get)
+    monkeypatch.setattr(keys, "installed_version", pinned.get)
     return pinned
 
 

@@ -9,13 +9,15 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from optimize.pipeline import plan as plan_module
+from optimize.pipeline import keys
 from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Form, Gates, Kind, Pass, StepFacts, Target
 from optimize.pipeline.errors import RequestError
-from optimize.pipeline.plan import checkpoint_key, make_plan, parse_workload, shortened, step_key
+from optimize.pipeline.keys import checkpoint_key, step_key
+from optimize.pipeline.plan import make_plan
 from optimize.pipeline.recipe import parse
 from optimize.pipeline.store import Store
 from optimize.pipeline.toolchains import Toolchains
+from optimize.pipeline.workload import parse_workload, shortened
 from optimize.targets.cpu import recipes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "minilm-cpu.plan"
@@ -339,8 +341,8 @@ def test_a_plan_says_what_is_cached(
 
 
 def test_a_tool_that_is_not_installed_has_no_version() -> None:
-    assert plan_module.installed_version("no-such-distribution") is None
-    assert plan_module.installed_version("pytest") == pytest.__version__
+    assert keys.installed_version("no-such-distribution") is None
+    assert keys.installed_version("pytest") == pytest.__version__
 
 
 def test_golden_plan(target: Target, versions: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ import pytest
 from optimize.pipeline.contract import Checkpoint, Target
 from optimize.pipeline.errors import ExitCode, RequestError, ToolchainError
 from optimize.pipeline.installing import install, install_missing, remove, size_of
-from optimize.pipeline.plan import make_plan, step_key
+from optimize.pipeline.keys import step_key
+from optimize.pipeline.plan import make_plan
 from optimize.pipeline.recipe import parse
 from optimize.pipeline.toolchain_files import Toolchain, locked, read_toolchain, toolchain_names
 from optimize.pipeline.toolchains import Environment, Toolchains, worker_environment
