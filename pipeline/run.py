@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import json
 import shlex
 import statistics
-import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,26 +15,15 @@ from typing import Any
 from optimize.pipeline.build import Builder
 from optimize.pipeline.contract import Artifact, Kind, Objective
 from optimize.pipeline.emit import emit
-from optimize.pipeline.errors import ExitCode, OptimizeError, PassError, WorkerError
-from optimize.pipeline.manifest import (
-    REPORT,
-    SCHEMA_VERSION,
-    Baseline,
-    Evaluation,
-    Reference,
-    Report,
-    host_of,
-    source_of,
-    to_json,
-    write_whole,
-)  # fmt: skip
+from optimize.pipeline.errors import OptimizeError, PassError, WorkerError
+from optimize.pipeline.findings import Findings
+from optimize.pipeline.manifest import REPORT, Baseline, Reference, Report
 from optimize.pipeline.measure import compare
 from optimize.pipeline.memory import DRIVER, FRAMEWORKS
 from optimize.pipeline.plan import Plan, PlannedRecipe
 from optimize.pipeline.prepare import Texts, Unchanged, encode_text, find_peaks, unusable
 from optimize.pipeline.progress import Progress
-from optimize.pipeline.roofline import Peaks, Roof, Work, roofs
-from optimize.pipeline.scaling import scalings
+from optimize.pipeline.roofline import Roof, Work, roofs
 from optimize.pipeline.store import Entry, Store
 from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Opened, Trial, problem_text, with_estimate
 from optimize.pipeline.verdict import Candidate, Status, StepReport, Throughput, choose, judge_speed, why_not_recover
@@ -47,7 +34,6 @@ BY_GROWTH = (
     "the driver names no process of ours, as in a container: told is by how much the used memory of the GPU has grown, "
     "which is right as long as others take and give nothing back there"
 )
-GOING_ON = "the run was going on when this was written, or was killed"
 SWEEP = 0.25  # of a candidate's share of the budget: how long looking for its highest throughput may go on
 
 
@@ -61,24 +47,15 @@ class Run:
     folder: Path  # of this run: logs, encoded text, outputs, samples
     progress: Progress
     objective: Objective = Objective.LATENCY
-    candidates: list[Candidate] = field(default_factory=list)
+    json_file: Path | None = None  # where the report of a run that is broken off is written, too
     artifacts: dict[str, Artifact] = field(default_factory=dict)  # of the recipes that were built, by name
     _elsewhere: set[str] = field(default_factory=set)  # candidates that this host cannot run, and says so
     _told: bool = False  # how GPU memory is told apart from that of others
-    left_out: dict[str, str] = field(default_factory=dict)  # recipe -> why it was not tried
-    seconds: dict[str, float] = field(default_factory=dict)  # of each phase
-    baseline: Baseline | None = None
-    reference: Reference | None = None
-    samples: dict[str, Any] = field(default_factory=dict)  # raw seconds by candidate: see measure.Samples
-    peaks: Peaks | None = None
-    work: tuple[Work, ...] = ()  # of the cells
-    json_file: Path | None = None  # where the report of a run that is broken off is written, too
-    _tried: set[str] = field(default_factory=set)  # candidates that were tried to the end
 
     def __post_init__(self) -> None:
         plan = self.plan
         self._unchanged = Unchanged(plan.checkpoint)
-        self.left_out = {left.recipe.name: left.reason for left in plan.left_out}
+        self.found = Findings(plan, self.texts, self.folder, self.objective)
         self._builder = Builder(
             self.store, self.folder, plan.target, plan.checkpoint.task, self._unchanged.check, self.progress,
             plan.environments, plan.workload,
@@ -93,11 +70,12 @@ class Run:
         try:
             winner, code = self._run(out)
         except BaseException as error:
-            self._broken_off(error)
+            if self.found.broken_off(error, self.json_file):
+                self.progress.note(f"what was found out until then: {self.folder / REPORT}")
             raise
-        report = self._report(winner, code)
-        write_whole(self.folder / REPORT, to_json(report))
-        wrong = [each.name for each in self.candidates if each.status in (Status.INACCURATE, Status.BROKEN)]
+        report = self.found.report(winner, code)
+        self.found.save(report)
+        wrong = [each.name for each in self.found.candidates if each.status in (Status.INACCURATE, Status.BROKEN)]
         rejected = [name for name in wrong if name not in self._elsewhere]
         if rejected:
             command = f"optimize explain {shlex.quote(str(self.folder))} --candidate {shlex.quote(rejected[0])}"
@@ -110,37 +88,20 @@ class Run:
         (self.folder / "plan.txt").write_text(self.plan.describe(self.store) + "\n")
         with ExitStack() as workers:
             workers.callback(self._builder.end)
-            with self._phase("prepare"):
+            with self.found.phase("prepare"):
                 encode_text(self._builder, plan=self.plan, texts=self.texts, unchanged=self._unchanged)
-                self.peaks = find_peaks(self._builder)
+                self.found.peaks = find_peaks(self._builder)
                 reference, baseline = self._reference(workers)
-            with self._phase("build"):
+            with self.found.phase("build"):
                 self._build_all()
             self._builder.end()
             self._try_all(reference, baseline, workers)
-        (self.folder / "samples.json").write_text(json.dumps(self.samples))
-        winner, code = choose(self.candidates, self.objective)
+        winner, code = choose(self.found.candidates, self.objective)
         if winner is not None:
             self._unchanged.check()
-            with self._phase("emit"):
-                emit(self._report(winner, code), winner, self.artifacts[winner.name], self.folder, self.trial, out)
+            with self.found.phase("emit"):
+                emit(self.found.report(winner, code), winner, self.artifacts[winner.name], self.folder, self.trial, out)
         return winner, code
-
-    def _broken_off(self, error: BaseException) -> None:
-        """Leave what was found out until then. Whatever goes wrong here must not hide the error."""
-        if not self._tried:
-            return
-        why, code = f"{type(error).__name__}: {error}", ExitCode.BUG
-        if isinstance(error, KeyboardInterrupt):
-            why, code = "interrupted", ExitCode.INTERRUPTED
-        elif isinstance(error, OptimizeError):
-            why, code = error.message, error.exit_code
-        with suppress(OSError):
-            text = to_json(self._report(None, code, unfinished=why))
-            write_whole(self.folder / REPORT, text)
-            if self.json_file is not None:
-                self.json_file.write_text(text)
-            self.progress.note(f"what was found out until then: {self.folder / REPORT}")
 
     @property
     def trial(self) -> Trial:
@@ -183,7 +144,7 @@ class Run:
                 }
                 peak = opened.worker.ask("memory", limit=STEP_LIMIT)
                 held, planned = opened.worker.gpu_memory(), self.plan.reference_gpu or None
-                self.reference = Reference(peak, self.plan.reference_memory, held, planned)
+                self.found.reference = Reference(peak, self.plan.reference_memory, held, planned)
                 first = [planned for planned in self.plan.recipes if not planned.recipe.after]
                 if not same or not self.plan.fits_beside_baseline(first):
                     return outputs, None
@@ -205,7 +166,7 @@ class Run:
         candidate = Candidate(planned.recipe.name, planned.text, planned.recipe.produces, Status.NOT_BUILT)
         candidate.predicted_memory, candidate.predicted_gpu_memory = planned.need.run, planned.need.gpu or None
         candidate.arithmetic = planned.recipe.arithmetic(self.plan.checkpoint.dtype)
-        self.candidates.append(candidate)
+        self.found.candidates.append(candidate)
         try:
             entry = self._build_recipe(planned, candidate)
         except PassError as error:
@@ -231,24 +192,24 @@ class Run:
 
     def _try_all(self, reference: Mapping[str, list[Any]], opened: Opened | None, workers: ExitStack) -> None:
         """Judge and time every artifact. The inaccurate too: what a looser gate would give is worth knowing."""
-        built = [candidate for candidate in self.candidates if candidate.name in self.artifacts]
+        built = [candidate for candidate in self.found.candidates if candidate.name in self.artifacts]
         if not built:
             return
         self._unchanged.check()
         if opened is None or not opened.worker.alive:  # nothing has been timed against it yet
             opened = self._open_baseline(workers)
-        self.baseline = self._costs(opened)
+        self.found.baseline = self._costs(opened)
         for candidate in built:
             self._try(candidate, opened.worker, reference)
         opened = self._recover(opened, reference, workers)
         opened.worker.resume()
-        with self._phase("measure"):
+        with self.found.phase("measure"):
             self._account_for(opened)
 
     def _open_baseline(self, workers: ExitStack) -> Opened:
         """Paused; it ends with `workers`."""
         try:
-            with self._phase("measure"):
+            with self.found.phase("measure"):
                 folder, gpus = self.plan.checkpoint.folder, self.plan.baseline_gpus
                 opened = self.trial.open("baseline", Kind.CHECKPOINT, folder, gpus)
         except WorkerError as error:
@@ -274,14 +235,14 @@ class Run:
             recipe = planned.recipe
             if not recipe.after:
                 continue
-            before = next((each for each in self.candidates if each.name == recipe.after), None)
+            before = next((each for each in self.found.candidates if each.name == recipe.after), None)
             reason = why_not_recover(before, self.plan.gates)
             if reason is not None:
-                self.left_out[recipe.name] = f"{recipe.after} {reason}"
+                self.found.left_out[recipe.name] = f"{recipe.after} {reason}"
                 continue
             if not self.plan.fits_beside_baseline([planned]):
                 opened.worker.kill()
-            with self._phase("build"):
+            with self.found.phase("build"):
                 try:
                     candidate = self._build(planned)
                 finally:
@@ -294,9 +255,9 @@ class Run:
 
     def _account_for(self, opened: Opened) -> None:
         """What the baseline costs, and how near every side came to what this host can do."""
-        plan, timed = self.plan, [each for each in self.candidates if each.speed is not None]
+        plan, timed = self.plan, [each for each in self.found.candidates if each.speed is not None]
         try:
-            self.work = tuple(Work(**work) for work in opened.worker.ask("work", limit=STEP_LIMIT))
+            self.found.work = tuple(Work(**work) for work in opened.worker.ask("work", limit=STEP_LIMIT))
         except WorkerError as error:
             self.progress.note(f"no roofline: what the model does could not be counted: {error.message}")
         for candidate in timed:
@@ -306,7 +267,7 @@ class Run:
         speeds = [each.speed.cells for each in timed if each.speed is not None]
         seconds = [statistics.median(cell.passes[0] for cell in cells) for cells in zip(*speeds, strict=True)]
         found = self._roofs(seconds, plan.checkpoint.dtype, plan.checkpoint.weight_bytes) if seconds else ()
-        self.baseline = self._costs(opened, found, self._throughput("baseline", opened.worker))
+        self.found.baseline = self._costs(opened, found, self._throughput("baseline", opened.worker))
 
     def _costs(self, opened: Opened, found: tuple[Roof, ...] = (), throughput: Throughput | None = None) -> Baseline:
         """Of the baseline."""
@@ -325,18 +286,18 @@ class Run:
             return None
 
     def _roofs(self, seconds: Sequence[float], arithmetic: str, size: int) -> tuple[Roof, ...]:
-        return roofs(self.work, seconds, arithmetic, size / self.plan.checkpoint.parameters, self.peaks)
+        return roofs(self.found.work, seconds, arithmetic, size / self.plan.checkpoint.parameters, self.found.peaks)
 
     def _try(self, candidate: Candidate, baseline: WorkerProcess, reference: Mapping[str, list[Any]]) -> None:
         artifact = self.artifacts[candidate.name]
         self.progress.doing(candidate.name, "comparing outputs with the reference")
         try:
-            with self._phase("evaluate"):
+            with self.found.phase("evaluate"):
                 opened = self.trial.open(candidate.name, artifact.kind, artifact.path)
             with opened.worker as worker:
-                with self._phase("evaluate"):
+                with self.found.phase("evaluate"):
                     self._evaluate(candidate, opened, reference)
-                with self._phase("measure"):
+                with self.found.phase("measure"):
                     self._measure(candidate, baseline, worker)
         except (WorkerError, ValueError) as error:
             if not baseline.alive:
@@ -350,9 +311,7 @@ class Run:
             if isinstance(error, WorkerError) and error.kind == "refused":
                 self._elsewhere.add(candidate.name)
                 self.progress.note(f"{candidate.name}: what was built for another host is kept: {artifact.path}")
-        self._tried.add(candidate.name)
-        report = self._report(None, ExitCode.INTERRUPTED, unfinished=GOING_ON)
-        write_whole(self.folder / REPORT, to_json(report))  # it may be killed before it writes another
+        self.found.tried_to_its_end(candidate)
 
     def _evaluate(self, candidate: Candidate, opened: Opened, reference: Mapping[str, list[Any]]) -> None:
         candidate.load_seconds, candidate.first_seconds = opened.load_seconds, opened.first_seconds
@@ -370,7 +329,7 @@ class Run:
     def _measure(self, candidate: Candidate, baseline: WorkerProcess, worker: WorkerProcess) -> None:
         self.progress.doing(candidate.name, "timing against the baseline")
         worker.pause()
-        candidate.speed, self.samples[candidate.name] = compare(
+        candidate.speed, self.found.samples[candidate.name] = compare(
             baseline, worker, self.plan.workload, self._share, self.plan.gates.max_load,
             lambda interval, done, planned: self.progress.measured(candidate.name, interval, done, planned),
         )  # fmt: skip
@@ -385,53 +344,6 @@ class Run:
             with running(worker):
                 candidate.throughput = self._throughput(candidate.name, worker)
         self.progress.timed(candidate)
-
-    def _report(self, winner: Candidate | None, code: int, unfinished: str | None = None) -> Report:
-        plan, texts, candidates, left_out = self.plan, self.texts, self.candidates, self.left_out
-        if plan.target.gpus > 1:  # without GPUs, processes take their place
-            self._scale()
-        if unfinished is not None:
-            known = (*self._tried, *(each.name for each in candidates if each.status is Status.NOT_BUILT), *left_out)
-            rest = [each.recipe.name for each in plan.recipes if each.recipe.name not in known]
-            candidates = [each for each in candidates if each.name not in rest]
-            left_out = left_out | dict.fromkeys(rest, f"not tried to its end: {unfinished}")
-        return Report(
-            schema_version=SCHEMA_VERSION,
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            exit_code=code,
-            checkpoint=source_of(plan.checkpoint),
-            host=host_of(plan.target, plan.environments),
-            workload=plan.workload,
-            gates=plan.gates,
-            objective=self.objective,
-            evaluation=Evaluation(
-                texts.source, plan.calibration_digest, texts.pooling, texts.meaning, texts.labelling, texts.asked
-            ),
-            left_out=left_out,
-            candidates=tuple(candidates),
-            emitted=winner.name if winner is not None else None,
-            seconds={name: round(seconds, 2) for name, seconds in self.seconds.items()},
-            baseline=self.baseline,
-            peaks=self.peaks,
-            work=self.work,
-            reference=self.reference,
-            unfinished=unfinished,
-        )
-
-    def _scale(self) -> None:
-        """Say of candidates on several GPUs what these bring, where the same recipe was timed on one."""
-        timed = {each.recipe: (each.name, each.speed) for each in self.candidates if each.speed is not None}
-        found = scalings(timed, [planned.recipe for planned in self.plan.recipes])
-        for candidate in self.candidates:
-            candidate.scaling = found.get(candidate.recipe)
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 
 
 def _reason(error: WorkerError | ValueError, baseline: WorkerProcess) -> str:

@@ -18,8 +18,8 @@ import pytest
 
 from optimize.pipeline.errors import ArtifactError, RequestError
 from optimize.pipeline.explain import explain
+from optimize.pipeline.findings import GOING_ON
 from optimize.pipeline.manifest import schema
-from optimize.pipeline.run import GOING_ON
 from optimize.pipeline.store import Damage, Store
 from optimize.pipeline.verify import verify_folder
 from tests.conftest import QUICK, Cli, Install
