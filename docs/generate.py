@@ -101,17 +101,16 @@ def support_page() -> str:
     parts.append(_table(("toolchain", "has", "Python", "disk", "why it stands apart"), rows))
     parts.append("## Targets\n")
     modules = [(name, importlib.import_module(f"optimize.targets.{name.replace('-', '_')}")) for name in target_names()]
-    rows = [
-        (f"`{name}`{what}", "<br>".join(_recipe(module, recipe, text, later) for recipe, text in texts.items()))
-        for name, module in modules
+    for name, module in modules:
         for what, texts, later in (
             ("", module.RECIPES, module.BY_NAME),
             (", language models", module.GENERATING, module.BY_NAME),
             (", speech models", getattr(module, "TRANSCRIBING", {}), frozenset()),
-        )
-        if texts
-    ]
-    parts.append(_table(("target", "recipes"), rows))
+        ):
+            if texts:
+                rows = [(each, f"`{text}`", _when(module, each, later)) for each, text in texts.items()]
+                parts.append(f"### {name}{what}\n")
+                parts.append(_table(("recipe", "passes", "tried"), rows))
     parts.append("## Tasks\n")
     rows = [
         (
@@ -161,10 +160,11 @@ def _bad_input() -> ModuleType:
     return sys.modules["tests.bad_input"]
 
 
-def _recipe(module: ModuleType, name: str, text: str, by_name: frozenset[str]) -> str:
-    after = module.RECOVERIES.get(name)
-    when = f", if {after} is inaccurate" if after else ", if asked for by name" if name in by_name else ""
-    return f"{name}: `{text}`{when}"
+def _when(module: ModuleType, name: str, by_name: frozenset[str]) -> str:
+    """When a recipe is tried, where nobody names recipes."""
+    if after := module.RECOVERIES.get(name):
+        return f"where {after} is inaccurate"
+    return "by name" if name in by_name else "by default"
 
 
 def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
