@@ -112,11 +112,14 @@ def _check_card(out: Path, card: str, picture: Path) -> None:
     assert done.stdout.strip().endswith("7"), done.stderr
 
 
-@pytest.mark.parametrize("architecture", ["ViTForImageClassification", "ResNetForImageClassification"])
+@pytest.mark.parametrize(
+    ("architecture", "more"),
+    [("ViTForImageClassification", ()), ("ResNetForImageClassification", ("cast-dtype,compile-aoti",))],
+)
 def test_recipes_that_need_no_data_answer_as_eager_does(
-    architecture: str, make_image_classifier: MakeCheckpoint, cli: Cli, tmp_path: Path
+    architecture: str, more: tuple[str, ...], make_image_classifier: MakeCheckpoint, cli: Cli, tmp_path: Path
 ) -> None:
-    recipes = ("cast-dtype,compile-aoti", "export-onnx", "export-onnx,quantize-onnx", "convert-openvino")
+    recipes = (*more, "export-onnx", "export-onnx,quantize-onnx", "convert-openvino")
     given = [word for recipe in recipes for word in ("--recipe", recipe)]
     outcome = cli(make_image_classifier(architecture), *given, *QUICK, "--max-drop", "0.01", "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.output
@@ -128,9 +131,8 @@ def test_recipes_that_need_no_data_answer_as_eager_does(
 
 
 def test_where_int8_leaves_the_reference_is_explained(
-    make_image_classifier: MakeCheckpoint, cli: Cli, tmp_path: Path
+    make_image_classifier: MakeCheckpoint, cli: Cli, cache: Path, tmp_path: Path
 ) -> None:
-    cache = tmp_path / "cache"
     outcome = cli(
         make_image_classifier("ResNetForImageClassification"), "--recipe", "export-onnx,quantize-onnx", *QUICK,
         "--max-drop", "1e-9", "--out", tmp_path / "out", cache=cache,

@@ -19,8 +19,9 @@ CASES = [
 
 @pytest.mark.parametrize(("task", "architecture", "config", "recipe"), CASES)
 def test_answers_are_eagers(
-    task: str, architecture: str, config: str, recipe: str, make_checkpoint: MakeCheckpoint, cli: Cli, tmp_path: Path
-) -> None:
+    task: str, architecture: str, config: str, recipe: str, make_checkpoint: MakeCheckpoint, some_text: Path, cli: Cli,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     from transformers import pipeline
 
     import optimize
@@ -28,7 +29,8 @@ def test_answers_are_eagers(
     options = {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128} if config == "DistilBertConfig" else {}
     folder = make_checkpoint(architecture, config, **options)
     out = tmp_path / "out"
-    outcome = cli(folder, "--recipe", recipe, *QUICK, "--out", out)
+    data = () if task == "question-answering" else ("--data", some_text)
+    outcome = cli(folder, "--recipe", recipe, *QUICK, *data, "--out", out)
     assert outcome.code == 0, outcome.output
     text = {"fill-mask": "The harbour was [MASK] in the morning."}.get(task, "Rain fell on the harbour for three days.")
     given = {"question": "Where did it fall?", "context": text} if task == "question-answering" else text
