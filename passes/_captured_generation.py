@@ -20,6 +20,7 @@ from optimize.passes._cuda_graphs import WARM, Shape, fitting, prepared, read_se
 from optimize.pipeline.contract import Cell
 
 Work = Callable[[], None]
+GROUPED = "grouped"  # the name of our attention for transformers
 
 
 class CapturedSteps:
@@ -196,6 +197,7 @@ class CapturedGeneration:
         import torch
 
         shapes = [tuple(shape) for shape in read_settings(path)["shapes"]]
+        group_heads(model)
         steps: Callable[..., CapturedSteps] = LanguageSteps
         inputs = {"input_ids": torch.ones((1, 2), dtype=torch.int64, device=model.device)}
         if hasattr(model, "get_encoder") and model.config.is_encoder_decoder:
@@ -212,6 +214,35 @@ class CapturedGeneration:
         """Those of the smallest shape that takes so many, or None."""
         shape = fitting(self._steps, (batch, prompt, new))
         return None if shape is None else self._steps[shape]
+
+
+def group_heads(model: Any) -> None:
+    """Have the heads of a step's query that share keys attend as rows of one query: by default, with a mask, keys and
+    values are copied for each of them, which is most of what a step of a large batch reads.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if model.config._attn_implementation != "sdpa":
+        return
+    ALL_ATTENTION_FUNCTIONS.register(GROUPED, _grouped)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation(GROUPED)
+
+
+def _grouped(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    """As transformers' attention functions: [batch, heads, tokens, size] each, the answer with tokens before heads."""
+    from torch.nn.functional import scaled_dot_product_attention
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    batch, heads, tokens, size = query.shape
+    shared = key.shape[1]
+    plain = mask is not None and mask.shape[1] == 1 and options.get("position_bias") is None
+    if tokens > 1 or heads == shared or not plain or options.get("softcap") is not None:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    rows = query.view(batch, shared, heads // shared, size)
+    found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=options.get("scaling"))
+    return found.reshape(batch, 1, heads, value.shape[-1]), None
 
 
 def captured(works: Sequence[Work], pool: Any, device: Any) -> list[Work]:

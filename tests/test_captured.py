@@ -12,7 +12,7 @@ import torch
 from optimize.models.loading import load_model
 from optimize.models.speech import encode_all
 from optimize.models.tasks import Examples
-from optimize.passes._captured_generation import language_shapes, speech_shapes
+from optimize.passes._captured_generation import GROUPED, language_shapes, speech_shapes
 from optimize.passes._cuda_graphs import GRAPHS
 from optimize.pipeline.batches import SOUND
 from optimize.pipeline.contract import Array, Cell
@@ -39,10 +39,17 @@ def opened(folder: Path, out: Path, task: str, shapes: Any, device: str, *, comp
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel"])
 def test_prompts_of_any_lengths_are_continued_as_eager_does(
-    make_language_model: MakeCheckpoint, tmp_path: Path, architecture: str, device: str
+    make_language_model: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, device: str
 ) -> None:
-    shapes = language_shapes(CELLS)
+    shapes, grouped = language_shapes(CELLS), list[tuple[int, ...]]()
     assert shapes == [(1, 8, 6), (3, 12, 5)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        grouped.append(tuple(query.shape[1:3]))
+        return attend(query, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     plain, captured = opened(make_language_model(architecture), tmp_path / "a", TEXT, shapes, device)
     for lengths, new in (([8], 6), ([5], 6), ([12, 12, 12], 5), ([9, 3], 4), ([4], 2), ([40], 3), ([2] * 4, 3)):
         prompts: list[Array] = [TOKENS[at : at + length] for at, length in enumerate(lengths)]
@@ -57,6 +64,8 @@ def test_prompts_of_any_lengths_are_continued_as_eager_does(
             wanted, given = plain.step(following), captured.step(following)
         np.testing.assert_allclose(given, wanted, atol=2e-3)
     np.testing.assert_allclose(captured.logits(TOKENS, 9), plain.logits(TOKENS, 9), atol=2e-3)
+    assert ((2, 2) in grouped) is (architecture == "LlamaForCausalLM")  # its four heads over two of keys
+    assert captured.model.config._attn_implementation == GROUPED  # compiled, too, where transformers would copy keys
 
 
 @pytest.mark.parametrize("device", DEVICES)
