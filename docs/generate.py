@@ -21,7 +21,7 @@ from optimize.pipeline.cli import main_group
 from optimize.pipeline.contract import DEFAULT
 from optimize.pipeline.driver import target_names
 from optimize.pipeline.manifest import schema
-from optimize.pipeline.recipe import pass_class, pass_names
+from optimize.pipeline.recipe import option_text, pass_class, pass_names
 from optimize.pipeline.toolchain_files import read_toolchain, toolchain_names
 
 DOCS = Path(__file__).parent
@@ -86,7 +86,9 @@ def support_page() -> str:
     rows = []
     for name in pass_names():
         cls = pass_class(name)
-        options = ", ".join(f"`{field.name}={field.default}`" for field in dataclasses.fields(cls)) or "none"
+        options = (
+            ", ".join(f"`{field.name}={option_text(field.default)}`" for field in dataclasses.fields(cls)) or "none"
+        )
         runs = cls.produces.toolchain
         apart = cls.toolchain if runs in (DEFAULT, cls.toolchain) else f"{cls.toolchain}; run in {runs}"
         rows.append((f"`{name}`", cls.accepts.value, cls.produces.value, apart, options))

@@ -128,11 +128,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def quantization(config: Mapping[str, Any]) -> str:
     """With what weights are quantized, as config.json says: transformers' word for it, or nothing."""
-    settings = config.get("quantization_config") or config.get("compression_config") or {}
-    if not isinstance(settings, Mapping):
-        raise CheckpointError(f"config.json: quantization_config is {str(settings)[:40]!r}, not an object")
+    name = "quantization_config" if config.get("quantization_config") is not None else "compression_config"
+    settings = config.get(name)
+    if settings is None:
+        return ""
+    if not isinstance(settings, Mapping) or not settings:
+        raise CheckpointError(
+            f"config.json: {name} is {str(settings)[:40]!r}, which says nothing of how weights are quantized",
+            hint="remove it, if they are not",
+        )
     old = "bitsandbytes" if settings.get("load_in_8bit") or settings.get("load_in_4bit") else "a method without a name"
-    return str(settings.get("quant_method") or old) if settings else ""
+    return " ".join(str(settings.get("quant_method") or old).split())[:40]
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:

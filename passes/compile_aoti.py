@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
+from optimize.models.tasks import TASKS
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS, MIB
 from optimize.pipeline.versions import EXPORTERS, why_older
@@ -31,6 +32,8 @@ class CompileAoti(Pass):
     target_facts: ClassVar = ("arch", "features", "cores")  # inductor bakes the thread count into its loops
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
+        if TASKS[checkpoint.task].generates:
+            return "it compiles one forward pass, without a cache: compile-generate is for language models"
         if shutil.which("g++") is None and shutil.which("clang++") is None:
             return "no C++ compiler on this host: install g++ or clang++"
         return why_older("transformers", EXPORTERS)

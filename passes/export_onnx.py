@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
+from optimize.models.tasks import TASKS
 from optimize.passes._onnx import GRAPH, read_graph
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
@@ -15,9 +16,9 @@ from optimize.pipeline.versions import EXPORTERS, why_older
 
 @dataclass(frozen=True)
 class ExportOnnx(Pass):
-    """A graph in `dtype`; `fused` rewrites it into ONNX Runtime's own operators, which only ONNX Runtime can run: those
-    of its `provider` for processors, or for CUDA, which has attention as one.
+    """A graph in `dtype`; `fused` rewrites it into operators that only ONNX Runtime has, those of `provider`.
 
+    CUDA's have attention as one operation.
     In 16 bits it is for GPUs, whose providers compute in the types that the graph has.
     Source: https://huggingface.co/docs/transformers (exporters), https://onnx.ai/onnx/operators
     """
@@ -38,6 +39,8 @@ class ExportOnnx(Pass):
         return self.dtype
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
+        if TASKS[checkpoint.task].generates:
+            return "it exports one forward pass, without a cache: build-genai is for language models"
         return why_older("transformers", EXPORTERS)
 
     def memory(self, checkpoint: Checkpoint) -> int:

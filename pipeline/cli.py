@@ -177,12 +177,12 @@ def serve(folder: Path, host: str, port: int) -> int:
 @main_group.command()
 def passes() -> int:
     """List the passes: what each reads, makes, and takes as options."""
-    from optimize.pipeline.recipe import pass_class, pass_names
+    from optimize.pipeline.recipe import option_text, pass_class, pass_names
 
     table = terminal.table("pass", "reads", "makes", "options (defaults)", "what it does")
     for name in pass_names():
         cls = pass_class(name)
-        options = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(cls))
+        options = ", ".join(f"{field.name}={option_text(field.default)}" for field in dataclasses.fields(cls))
         table.add_row(name, cls.accepts, cls.produces, options, (cls.__doc__ or "").strip().splitlines()[0])
     terminal.console().print(table)
     return ExitCode.EMITTED

@@ -124,7 +124,8 @@ class Findings:
             report = self.report(None, code, unfinished=why)
             self.save(report)
             if json_file is not None:
-                json_file.write_text(to_json(report))
+                json_file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(json_file, to_json(report))
             return True
         return False
 

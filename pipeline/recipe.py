@@ -17,6 +17,7 @@ from optimize.pipeline.contract import Kind, Pass, Recipe
 from optimize.pipeline.errors import RequestError
 
 UNCHANGED = "checkpoint"
+LONGEST_NUMBER = 20  # characters of an option
 _STEP = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
 
 
@@ -74,7 +75,7 @@ def parse_pass(text: str) -> Pass:
 def pass_text(step: Pass) -> str:
     """One pass as text: its name and the options that are not at their defaults, in field order."""
     options = ";".join(
-        f"{option.name}={_format(getattr(step, option.name))}"
+        f"{option.name}={option_text(getattr(step, option.name))}"
         for option in dataclasses.fields(step)
         if getattr(step, option.name) != option.default
     )
@@ -121,17 +122,20 @@ def _build(cls: type[Pass], options: str | None) -> Pass:
 def _convert(owner: str, name: str, text: str, kind: typing.Any) -> object:
     if kind in (int, float):
         try:
+            if not text.isascii() or len(text) > LONGEST_NUMBER:
+                raise ValueError
             return kind(text)
         except ValueError:
             wanted = "a whole number" if kind is int else "a number"
-            raise RequestError(f"{owner}: {name}={text!r} is not {wanted}") from None
+            raise RequestError(f"{owner}: {name}={text[:LONGEST_NUMBER]!r} is not {wanted}") from None
     if kind is str:
         return text
-    choices = {_format(choice): choice for choice in ((True, False) if kind is bool else typing.get_args(kind))}
+    choices = {option_text(choice): choice for choice in ((True, False) if kind is bool else typing.get_args(kind))}
     if text not in choices:
         raise RequestError(f"{owner}: {name}={text!r} is not one of {', '.join(choices)}")
     return choices[text]
 
 
-def _format(value: object) -> str:
+def option_text(value: object) -> str:
+    """An option's value as a recipe has it."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -93,18 +93,27 @@ def errors_to(json_file: Path | None) -> Iterator[None]:
 
     That this fails must not hide the refusal.
     """
-    older = json_file is not None and json_file.exists()
+    before = _stamp(json_file)
     try:
         yield
     except (OptimizeError, KeyboardInterrupt) as error:
         code = error.exit_code if isinstance(error, OptimizeError) else ExitCode.INTERRUPTED
-        if json_file is not None and (older or not json_file.exists()):
+        if json_file is not None and _stamp(json_file) == before:
             try:
                 words = str(error) or "interrupted"
                 _write(json_file, json.dumps({"exit_code": code, "error": words}, indent=1) + "\n")
             except OptimizeError as unwritten:
                 click.echo(f"error: {unwritten.message}", err=True)
         raise
+
+
+def _stamp(path: Path | None) -> tuple[int, int, int] | None:
+    """What changes where a file is written anew; None where there is none."""
+    try:
+        found = path.stat() if path is not None else None
+    except OSError:
+        return None
+    return (found.st_ino, found.st_mtime_ns, found.st_size) if found is not None else None
 
 
 def check_apart(json_file: Path | None, *read: Path) -> None:

@@ -11,18 +11,22 @@ DEFAULT_WORKLOAD = "1x32,1x128,8x128"
 EXAMPLES = {Form.TOKENS: "1x32,8x128", Form.PROMPTS: "1x32+32,1x512+16", Form.IMAGES: "1,8,32",
              Form.CLIPS: "1+32,4+32"}  # fmt: skip
 PARTS = {"BATCH": "batch", "TOKENS": "sequence", "PROMPT": "sequence", "NEW": "new"}  # of a form: fields of a cell
+NUMBER = r"\d{1,9}"
 MAX_WEIGHT = 1000
 MAX_TOKENS = 1 << 20  # in one cell: more is a typing error, and would only end in an out-of-memory kill
 
 
 def parse_workload(text: str, max_length: int, form: Form = Form.TOKENS) -> tuple[Cell, ...]:
     """Read cells of that form, such as `1x32*9,8x128`. Raises RequestError for what cannot be run."""
-    pattern = re.sub("[A-Z]+", lambda part: rf"(?P<{PARTS[part[0]]}>\d+)", re.escape(form)) + r"(\*(?P<weight>\d+))?"
+    pattern = (
+        re.sub("[A-Z]+", lambda part: rf"(?P<{PARTS[part[0]]}>{NUMBER})", re.escape(form))
+        + rf"(\*(?P<weight>{NUMBER}))?"
+    )
     cells: list[Cell] = []
     for part in text.split(","):
         match = re.fullmatch(pattern, part.strip(), re.ASCII)
         if match is None:
-            raise RequestError(f"--workload: {part!r} is not {form}", hint=f"for example {EXAMPLES[form]}")
+            raise RequestError(f"--workload: {part[:40]!r} is not {form}", hint=f"for example {EXAMPLES[form]}")
         cell = Cell(**{name: int(number) for name, number in match.groupdict().items() if number})
         if not 0 < cell.weight <= MAX_WEIGHT:
             raise RequestError(f"--workload: {part.strip()}: a weight is a whole number from 1 to {MAX_WEIGHT}")
@@ -40,7 +44,7 @@ def parse_workload(text: str, max_length: int, form: Form = Form.TOKENS) -> tupl
         if cell.tokens > MAX_TOKENS:
             raise RequestError(f"--workload: {cell} is more than {MAX_TOKENS} tokens in one call")
         if str(cell) in map(str, cells):
-            raise RequestError(f"--workload: {cell} is given twice", hint=f"to have it count twice: {cell}*2")
+            raise RequestError(f"--workload: {cell} is given twice", hint=f"write it once, with a weight: {cell}*2")
         cells.append(cell)
     return tuple(cells)
 

@@ -84,6 +84,12 @@ def test_a_version_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch, tmp_
     assert parse("cast-dtype").why_not(checkpoint, probe()) is None
 
 
+def test_one_forward_pass_is_no_language_model(tmp_path: Path) -> None:
+    writing = Checkpoint("m", tmp_path, None, "text-generation", "LlamaForCausalLM", "float32", 1000, 4000, 256, {})
+    assert "build-genai is for language models" in str(parse("export-onnx").why_not(writing, probe()))
+    assert "compile-generate is for language models" in str(parse("compile-aoti").why_not(writing, probe()))
+
+
 def test_it_is_left_out_where_no_gpu_is(tmp_path: Path) -> None:
     checkpoint = Checkpoint("tiny", tmp_path, None, TASK, "BertModel", "float32", 1000, 4000, 256, {})
     recipe = parse("export-onnx,use-provider")

@@ -1,10 +1,12 @@
 """What commands share: a report never takes the place of what it is about."""
 
+import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from optimize.pipeline import terminal
 from optimize.pipeline.cli import main_group
 from optimize.pipeline.errors import RequestError
 
@@ -31,3 +33,17 @@ def test_what_is_read_is_not_written_over(
     assert "would be written over what is read" in str(result.exception)
     left = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     assert len(left) == 4 and set(left.values()) == {"theirs"}
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_an_unfinished_report_stays_and_an_older_one_is_replaced(tmp_path: Path, older: bool) -> None:
+    path = tmp_path / "report.json"
+    if older:
+        path.write_text("of an earlier run")
+    with pytest.raises(RequestError), terminal.errors_to(path):
+        raise RequestError("refused")
+    assert json.loads(path.read_text()) == {"exit_code": 2, "error": "refused"}
+    with pytest.raises(KeyboardInterrupt), terminal.errors_to(path):
+        path.write_text("what was found out until then")
+        raise KeyboardInterrupt
+    assert path.read_text() == "what was found out until then"
