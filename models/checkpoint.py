@@ -252,8 +252,9 @@ def _architecture(folder: Path, config: Mapping[str, Any]) -> str:
     return names[0]
 
 
-def compiles_whole(architecture: str, model_type: str) -> bool:
-    """Whether transformers says of an architecture that one step with a static cache compiles into one graph."""
+def compiles_whole(checkpoint: Checkpoint) -> bool:
+    """Whether transformers says of its architecture that one step with a static cache compiles into one graph."""
+    architecture, model_type = checkpoint.architecture, str(read_config(checkpoint.folder).get("model_type", ""))
     return any("_can_compile_fullgraph = True" in text for _, text in _definitions(architecture, model_type))
 
 

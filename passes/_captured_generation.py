@@ -16,10 +16,9 @@ from typing import Any
 
 from optimize.models.checkpoint import max_length, read_config
 from optimize.models.speech import NEVER, WRITTEN, Decoding, read_decoding
-from optimize.passes._cuda_graphs import WARM, Shape, fitting, prepared, read_settings
+from optimize.passes._cuda_graphs import Shape, captured, fitting, prepared, read_settings
 from optimize.pipeline.contract import Cell
 
-Work = Callable[[], None]
 GROUPED = "grouped"  # the name of our attention for transformers
 
 
@@ -196,17 +195,17 @@ class CapturedGeneration:
     def __init__(self, path: Path, model: Any) -> None:
         import torch
 
-        shapes = [tuple(shape) for shape in read_settings(path)["shapes"]]
+        settings = read_settings(path)
         group_heads(model)
         steps: Callable[..., CapturedSteps] = LanguageSteps
         inputs = {"input_ids": torch.ones((1, 2), dtype=torch.int64, device=model.device)}
         if hasattr(model, "get_encoder") and model.config.is_encoder_decoder:
             steps = partial(SpeechSteps, decoding=read_decoding(path))
             inputs = {"decoder_input_ids": inputs["input_ids"], "input_features": _silence(model, 1)}
-        step = prepared(path, model, inputs)
+        step = prepared(path, settings, model, inputs)
         pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._steps: dict[Shape, CapturedSteps] = {}
-        for shape in shapes:
+        for shape in map(tuple, settings["shapes"]):
             self._steps[shape] = steps(model, step, shape)
             self._steps[shape].capture(pool)
 
@@ -243,35 +242,6 @@ def _grouped(module: Any, query: Any, key: Any, value: Any, mask: Any, **options
     rows = query.view(batch, shared, heads // shared, size)
     found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=options.get("scaling"))
     return found.reshape(batch, 1, heads, value.shape[-1]), None
-
-
-def captured(works: Sequence[Work], pool: Any, device: Any) -> list[Work]:
-    """What does each of some work again, captured in their order after some turns of them all."""
-    import torch
-
-    def uncaptured(work: Work) -> Work:
-        def run() -> None:
-            with torch.inference_mode():
-                work()
-
-        return run
-
-    runs = [uncaptured(work) for work in works]
-    if device.type != "cuda":
-        return runs
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM):
-            for run in runs:
-                run()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graphs = [torch.cuda.CUDAGraph() for _ in runs]
-    for graph, run in zip(graphs, runs, strict=True):
-        with torch.cuda.graph(graph, pool=pool):
-            run()
-    return [graph.replay for graph in graphs]
 
 
 def language_shapes(workload: Sequence[Cell]) -> list[Shape]:

@@ -8,7 +8,7 @@ Source: https://docs.pytorch.org/docs/stable/notes/cuda.html (CUDA graphs)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from optimize.pipeline.contract import Array, Batch, Cell
 GRAPHS, CACHE = "graphs.json", "compile.cache"
 WARM = 3  # calls before capture, which set up what a capture may not
 Shape = tuple[int, ...]
+Work = Callable[[], None]
 
 
 def shapes_of(workload: Sequence[Cell], longest: int) -> list[Shape]:
@@ -51,7 +52,7 @@ def widened(batch: Batch, shape: Shape, fill: int) -> dict[str, Array]:
     return found
 
 
-def prepared(path: Path, model: Any, inputs: dict[str, Any]) -> Any:
+def prepared(path: Path, settings: Mapping[str, Any], model: Any, inputs: dict[str, Any]) -> Any:
     """What computes as a folder's settings have it: the model, its linear layers joined as they are called on `inputs`,
     or what inductor makes of it; what it made before lies in the folder's cache.
     """
@@ -59,7 +60,6 @@ def prepared(path: Path, model: Any, inputs: dict[str, Any]) -> Any:
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
 
-    settings = read_settings(path)
     join_linears(model, inputs)
     if not settings["compile"]:
         return model
@@ -84,7 +84,7 @@ class Captured:
         self.fill: int = settings["fill"]
         self.model = model
         self._sample = sample_inputs(path, task, str(model.dtype).removeprefix("torch."))
-        call = prepared(path, model, self._buffers((1,) * len(settings["shapes"][0])))
+        call = prepared(path, settings, model, self._buffers((1,) * len(settings["shapes"][0])))
         self._graphs = {tuple(shape): self._capture(call, tuple(shape)) for shape in settings["shapes"]}
 
     @property
@@ -92,8 +92,8 @@ class Captured:
         """Their names."""
         return tuple(self._sample)
 
-    def graph(self, batch: Batch) -> tuple[Shape, Any, Mapping[str, Any], Mapping[str, Any]] | None:
-        """The smallest shape that takes such a batch, its graph, and its buffers for inputs and outputs; or None."""
+    def graph(self, batch: Batch) -> tuple[Shape, Work, Mapping[str, Any], Mapping[str, Any]] | None:
+        """The smallest shape that takes such a batch, what replays it, its buffers for inputs and outputs; or None."""
         shape = fitting(self._graphs, batch[self.inputs[0]].shape)
         return None if shape is None else (shape, *self._graphs[shape])
 
@@ -102,24 +102,51 @@ class Captured:
 
         return {
             name: torch.full(
-                (*shape, *value.shape[len(shape) :]), int(name == "attention_mask"), dtype=value.dtype, device="cuda"
+                (*shape, *value.shape[len(shape) :]),
+                int(name == "attention_mask"),
+                dtype=value.dtype,
+                device=self.model.device,
             )
             for name, value in self._sample.items()
         }
 
-    def _capture(self, call: Any, shape: Shape) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    def _capture(self, call: Any, shape: Shape) -> tuple[Work, dict[str, Any], dict[str, Any]]:
         import torch
 
-        buffers = self._buffers(shape)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.inference_mode(), torch.cuda.stream(side):
-            for _ in range(WARM):
-                call(**buffers)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph):
-            outputs = call(**buffers)
-        tensors = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-        return graph, buffers, tensors
+        buffers, outputs = self._buffers(shape), dict[str, Any]()
+
+        def compute() -> None:
+            found = call(**buffers)
+            outputs.update({name: value for name, value in found.items() if isinstance(value, torch.Tensor)})
+
+        (replay,) = captured([compute], None, self.model.device)
+        return replay, buffers, outputs
+
+
+def captured(works: Sequence[Work], pool: Any, device: Any) -> list[Work]:
+    """What does each of some work again, captured in their order after some turns of them all."""
+    import torch
+
+    def uncaptured(work: Work) -> Work:
+        def run() -> None:
+            with torch.inference_mode():
+                work()
+
+        return run
+
+    runs = [uncaptured(work) for work in works]
+    if device.type != "cuda":
+        return runs
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM):
+            for run in runs:
+                run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graphs = [torch.cuda.CUDAGraph() for _ in runs]
+    for graph, run in zip(graphs, runs, strict=True):
+        with torch.cuda.graph(graph, pool=pool):
+            run()
+    return [graph.replay for graph in graphs]

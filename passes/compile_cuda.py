@@ -12,7 +12,7 @@ from optimize.models.checkpoint import compiles_whole, max_length, read_config
 from optimize.models.loading import load_model
 from optimize.models.tasks import TASKS
 from optimize.passes._captured_generation import CapturedGeneration, language_shapes, speech_shapes
-from optimize.passes._cuda_graphs import CACHE, GRAPHS, Captured, Shape, shapes_of
+from optimize.passes._cuda_graphs import CACHE, GRAPHS, Captured, Shape, read_settings, shapes_of
 from optimize.passes._links import link_checkpoint
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
@@ -45,10 +45,8 @@ class CompileCuda(Pass):
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         if not target.gpus:
             return "it is for NVIDIA GPUs, and here is none"
-        if TASKS[checkpoint.task].generates:
-            model_type = str(read_config(checkpoint.folder).get("model_type", ""))
-            if not compiles_whole(checkpoint.architecture, model_type):
-                return f"transformers has no {checkpoint.architecture} that keeps to a cache of fixed length"
+        if TASKS[checkpoint.task].generates and not compiles_whole(checkpoint):
+            return f"transformers has no {checkpoint.architecture} that keeps to a cache of fixed length"
         return None
 
     def memory(self, checkpoint: Checkpoint) -> int:
@@ -78,7 +76,7 @@ class CompileCuda(Pass):
         return {"shapes": shapes, "capture_seconds": round(seconds, 1), "cache_bytes": len(saved[0]) if saved else 0}
 
     def ensures(self, out: Path) -> None:
-        if not json.loads((out / GRAPHS).read_text())["shapes"]:
+        if not read_settings(out)["shapes"]:
             raise ValueError("no shape was captured")
 
 

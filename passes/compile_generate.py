@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from optimize.models.checkpoint import compiles_whole, read_config
+from optimize.models.checkpoint import compiles_whole
 from optimize.models.tasks import TASKS
 from optimize.passes._links import link_checkpoint
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass, Target
@@ -40,8 +40,7 @@ class CompileGenerate(Pass):
             return f"{checkpoint.task} continues no text: compile-aoti compiles a forward pass"
         if shutil.which("g++") is None and shutil.which("clang++") is None:
             return "no C++ compiler on this host: install g++ or clang++"
-        model_type = str(read_config(checkpoint.folder).get("model_type", ""))
-        if not compiles_whole(checkpoint.architecture, model_type):
+        if not compiles_whole(checkpoint):
             return f"transformers has no {checkpoint.architecture} that compiles with a static cache"
         return None
 

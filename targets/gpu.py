@@ -20,6 +20,13 @@ TRIES = 20
 # compute capability from which on a GPU has arithmetic of its own in a dtype
 SINCE = {"float32": (0, 0), "float16": (5, 3), "int8": (7, 5), "bfloat16": (8, 0), "float8_e4m3fn": (8, 9)}
 
+FOR_MEMORY = {  # of encoders and language models: uncompiled they are slower than 16 bits
+    "torchao-int8": "cast-dtype,quantize-torchao",
+    "torchao-fp8": "cast-dtype,quantize-torchao{mode=fp8}",
+    "torchao-fp8-compiled": "cast-dtype,quantize-torchao{mode=fp8},compile-cuda",
+    "bitsandbytes-int8": "cast-dtype{dtype=float16},quantize-bitsandbytes",
+    "bitsandbytes-nf4": "cast-dtype,quantize-bitsandbytes{mode=nf4}",
+}
 RECIPES = {
     "eager-fp16": "cast-dtype{dtype=float16}",
     "eager-bf16": "cast-dtype",
@@ -30,12 +37,8 @@ RECIPES = {
     "onnx-cuda-fp16": "export-onnx{fused=true;provider=cuda;dtype=float16},use-provider",
     "tensorrt-fp16": "export-onnx{dtype=float16},build-tensorrt",
     "tensorrt-fp8": "export-onnx,quantize-modelopt{mode=fp8},build-tensorrt",
-    "torchao-int8": "cast-dtype,quantize-torchao",
     "torchao-int8-compiled": "cast-dtype,quantize-torchao,compile-cuda",
-    "torchao-fp8": "cast-dtype,quantize-torchao{mode=fp8}",
-    "torchao-fp8-compiled": "cast-dtype,quantize-torchao{mode=fp8},compile-cuda",
-    "bitsandbytes-int8": "cast-dtype{dtype=float16},quantize-bitsandbytes",
-    "bitsandbytes-nf4": "cast-dtype,quantize-bitsandbytes{mode=nf4}",
+    **FOR_MEMORY,
 }
 IMAGES = ("eager-fp16", "eager-bf16", "graphs-fp16", "compiled-fp16", "compiled-bf16")  # those that take them
 TRANSCRIBING = {  # for speech models
@@ -60,20 +63,14 @@ GENERATING = {  # for language models
     "vllm-int4-awq": "cast-dtype,quantize-llm-compressor{mode=int4-awq},serve-vllm",
     "tensorrt-llm": "build-tensorrt-llm",
     "tensorrt-llm-fp8": "build-tensorrt-llm{quantization=fp8}",
-    "torchao-int8": "cast-dtype,quantize-torchao",
     "torchao-int8-weights-compiled": "cast-dtype,quantize-torchao{mode=weights},compile-cuda",
-    "torchao-fp8": "cast-dtype,quantize-torchao{mode=fp8}",
-    "torchao-fp8-compiled": "cast-dtype,quantize-torchao{mode=fp8},compile-cuda",
-    "bitsandbytes-int8": "cast-dtype{dtype=float16},quantize-bitsandbytes",
-    "bitsandbytes-nf4": "cast-dtype,quantize-bitsandbytes{mode=nf4}",
+    **FOR_MEMORY,
 }
 # tried only by name
 BY_NAME = frozenset({
     "eager-fp16", "eager-bf16", "graphs-bf16", "compiled-fp16-autotuned", "vllm-fp8-cache", "vllm-fp8-static",
     "vllm-int4-awq", "vllm-bf16-batched",
-    # for memory: uncompiled they are slower than 16 bits
-    "torchao-int8", "torchao-fp8", "bitsandbytes-int8", "bitsandbytes-nf4",
-    "torchao-int8-compiled", "torchao-int8-weights-compiled", "torchao-fp8-compiled",
+    *FOR_MEMORY, "torchao-int8-compiled", "torchao-int8-weights-compiled",
 })  # fmt: skip
 RECOVERIES: dict[str, str] = {}
 

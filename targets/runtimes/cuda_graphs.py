@@ -45,13 +45,13 @@ class CudaGraphSession:
         found = self._captured.graph(given)
         if found is None:
             return self._uncaptured(self._on_device(given))
-        shape, graph, buffers, outputs = found
+        shape, replay, buffers, outputs = found
         sources = list(self._on_device(widened(given, shape, self._captured.fill)).values())
         targets = [buffers[name] for name in self.inputs]
 
         def call() -> dict[str, Any]:
             torch._foreach_copy_(targets, sources)
-            graph.replay()
+            replay()
             return {name: value.clone() for name, value in outputs.items()}
 
         return call

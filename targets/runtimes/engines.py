@@ -50,8 +50,7 @@ class EngineSession:
         self._seen: set[Shapes] = set()
 
     def run(self, batch: Batch) -> dict[str, Array]:
-        feeds = {name: np.ascontiguousarray(batch[name], dtype=self._dtype(name)) for name in self.inputs}
-        shapes = tuple((name, feed.shape) for name, feed in feeds.items())
+        feeds, shapes = self._feeds(batch)
         for name, feed in feeds.items():
             self._copy(self._memory[name], feed.ctypes.data, feed.nbytes, "cudaMemcpyHostToDevice")
         self._queue(shapes)
@@ -65,8 +64,7 @@ class EngineSession:
 
     def prepare(self, batch: Batch) -> Callable[[], None]:
         """A call of that batch, whose inputs lie on the device and whose outputs stay there."""
-        feeds = {name: np.ascontiguousarray(batch[name], dtype=self._dtype(name)) for name in self.inputs}
-        shapes = tuple((name, feed.shape) for name, feed in feeds.items())
+        feeds, shapes = self._feeds(batch)
         sources = {name: _checked(cuda.cudaMalloc(feed.nbytes)) for name, feed in feeds.items()}
         for name, feed in feeds.items():
             self._copy(sources[name], feed.ctypes.data, feed.nbytes, "cudaMemcpyHostToDevice")
@@ -91,6 +89,10 @@ class EngineSession:
         for event in (start, end):
             _checked(cuda.cudaEventDestroy(event))
         return taken
+
+    def _feeds(self, batch: Batch) -> tuple[dict[str, Array], Shapes]:
+        feeds = {name: np.ascontiguousarray(batch[name], dtype=self._dtype(name)) for name in self.inputs}
+        return feeds, tuple((name, feed.shape) for name, feed in feeds.items())
 
     def _queue(self, shapes: Shapes) -> None:
         """One call; at the second of one shape it is captured, and launched as a graph from then on."""

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -425,6 +426,15 @@ def test_a_paused_worker_can_be_killed(worker: WorkerProcess) -> None:
     assert not worker.alive
 
 
+@contextmanager
+def parent_of(script: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that runs a script, and the worker's number that it prints."""
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        yield parent, int(parent.stdout.readline())
+
+
 @pytest.mark.parametrize("paused", [False, True], ids=["running", "stopped"])
 def test_killing_the_parent_kills_the_worker(tmp_path: Path, paused: bool) -> None:
     script = f"""
@@ -438,10 +448,7 @@ def test_killing_the_parent_kills_the_worker(tmp_path: Path, paused: bool) -> No
     print(worker.pid, flush=True)
     time.sleep(60)
     """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
+    with parent_of(script) as (parent, pid):
         assert not gone(pid, within=0.1)
         parent.kill()
         assert gone(pid, within=2.0)
@@ -468,10 +475,8 @@ def test_killing_the_parent_kills_what_a_stopped_worker_started(
     print(worker.pid, flush=True)
     time.sleep(60)
     """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        worker, child = int(parent.stdout.readline()), int((out / "child.pid").read_text())
+    with parent_of(script) as (parent, worker):
+        child = int((out / "child.pid").read_text())
         end = time.monotonic() + 5
         while psutil.Process(child).status() != psutil.STATUS_STOPPED and time.monotonic() < end:
             time.sleep(0.02)
