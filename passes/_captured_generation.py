@@ -16,7 +16,7 @@ from typing import Any
 
 from optimize.models.checkpoint import max_length, read_config
 from optimize.models.speech import NEVER, WRITTEN, Decoding, read_decoding
-from optimize.passes._cuda_graphs import Shape, captured, fitting, prepared, read_settings
+from optimize.passes._cuda_graphs import Shape, captured, compiling, fitting, prepared, read_settings
 from optimize.pipeline.contract import Cell
 
 GROUPED = "grouped"  # the name of our attention for transformers
@@ -27,13 +27,13 @@ class CapturedSteps:
 
     logits: Any = None  # of what comes next, [batch, vocabulary]; of the last replay
 
-    def __init__(self, model: Any, step: Any, shape: Shape) -> None:
-        """`step` is what computes a step: the model, or what was compiled of it."""
+    def __init__(self, model: Any, call: Any, shape: Shape) -> None:
+        """`call` is what computes: the model, or what was compiled of it."""
         import torch
 
         self.batch, self.prompt, self.new = shape
         self.length = self.prompt + self.new
-        self.model, self._step, self._room = model, step, 0
+        self.model, self._call, self._room = model, call, 0
         self._zeros: Any = lambda *sizes, dtype=torch.int64: torch.zeros(sizes, dtype=dtype, device=model.device)
         self.tokens = self._zeros(self.batch, 1)
         self._slot = self._zeros(1)  # of the cache, that the next token takes
@@ -42,6 +42,12 @@ class CapturedSteps:
 
     def capture(self, pool: Any) -> None:
         """Into graphs whose memory is the pool's: no two of its graphs ever run at once."""
+        import torch
+
+        call, self._call = self._call, self.model
+        with torch.inference_mode():
+            self._take_prompt()  # makes the cache's tensors, which what is compiled then finds there
+        self._call = call
         self._replay_prompt, self._replay_step = captured([self._take_prompt, self._take_step], pool, self.model.device)
 
     def begin(self, *inputs: Any) -> None:
@@ -104,8 +110,8 @@ class CapturedSteps:
 class LanguageSteps(CapturedSteps):
     """Prompts are padded on the left."""
 
-    def __init__(self, model: Any, step: Any, shape: Shape) -> None:
-        super().__init__(model, step, shape)
+    def __init__(self, model: Any, call: Any, shape: Shape) -> None:
+        super().__init__(model, call, shape)
         self._ids, self._mask = self._zeros(self.batch, self.prompt), self._zeros(self.batch, self.prompt)
         self._positions = self._zeros(self.batch, 1)  # of the next token in its text
 
@@ -126,13 +132,13 @@ class LanguageSteps(CapturedSteps):
         earlier, own = (compare(places, places[: self.prompt, None]) for compare in (torch.le, torch.eq))
         mask = (self._seen[:, None] & earlier) | own  # padding sees itself: of nothing at all there is no average
         self._positions.copy_(self._mask.sum(dim=1, keepdim=True))
-        return self.model(
+        return self._call(
             self._ids, attention_mask=mask[:, None], past_key_values=self._cache, use_cache=True, logits_to_keep=1,
             position_ids=(self._mask.cumsum(dim=1) - 1).clamp(min=0),
         ).logits[:, -1]  # fmt: skip
 
     def append(self, mask: Any) -> Any:
-        outputs = self._step(
+        outputs = self._call(
             self.tokens, attention_mask=mask, past_key_values=self._cache, position_ids=self._positions,
             use_cache=True, logits_to_keep=1,
         )  # fmt: skip
@@ -143,10 +149,10 @@ class LanguageSteps(CapturedSteps):
 class SpeechSteps(CapturedSteps):
     """Clips, each with the tokens that every transcription begins with, and what is never written out of reach."""
 
-    def __init__(self, model: Any, step: Any, shape: Shape, decoding: Decoding) -> None:
+    def __init__(self, model: Any, call: Any, shape: Shape, decoding: Decoding) -> None:
         import torch
 
-        super().__init__(model, step, shape)
+        super().__init__(model, call, shape)
         self._sounds = _silence(model, self.batch)
         self._begins = torch.tensor([decoding.prompt] * self.batch, device=model.device)
         self._never, self._never_first = (
@@ -173,16 +179,16 @@ class SpeechSteps(CapturedSteps):
         self._seen[:, : self.prompt] = True
         places = torch.arange(self.length, device=self._seen.device)
         mask = (places <= places[: self.prompt, None]).expand(self.batch, 1, self.prompt, self.length)
-        outputs = self.model(
-            encoder_outputs=self.model.get_encoder()(self._sounds), decoder_input_ids=self._begins,
-            decoder_attention_mask=mask, past_key_values=self._cache, use_cache=True,
+        outputs = self._call(
+            input_features=self._sounds, decoder_input_ids=self._begins, decoder_attention_mask=mask,
+            past_key_values=self._cache, use_cache=True,
             decoder_position_ids=places[None, : self.prompt].expand(self.batch, -1),
         )  # fmt: skip
         self._encoded = outputs.encoder_last_hidden_state
         return outputs.logits[:, -1].index_fill(-1, self._never_first, float(NEVER))
 
     def append(self, mask: Any) -> Any:
-        outputs = self._step(
+        outputs = self._call(
             encoder_outputs=(self._encoded,), decoder_input_ids=self.tokens, decoder_attention_mask=mask,
             past_key_values=self._cache, use_cache=True, decoder_position_ids=self._slot[None].expand(self.batch, -1),
         )  # fmt: skip
@@ -202,12 +208,13 @@ class CapturedGeneration:
         if hasattr(model, "get_encoder") and model.config.is_encoder_decoder:
             steps = partial(SpeechSteps, decoding=read_decoding(path))
             inputs = {"decoder_input_ids": inputs["input_ids"], "input_features": _silence(model, 1)}
-        step = prepared(path, settings, model, inputs)
+        call = prepared(path, settings, model, inputs)
         pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._steps: dict[Shape, CapturedSteps] = {}
-        for shape in map(tuple, settings["shapes"]):
-            self._steps[shape] = steps(model, step, shape)
-            self._steps[shape].capture(pool)
+        with compiling(settings):
+            for shape in map(tuple, settings["shapes"]):
+                self._steps[shape] = steps(model, call, shape)
+                self._steps[shape].capture(pool)
 
     def fitting(self, batch: int, prompt: int, new: int) -> CapturedSteps | None:
         """Those of the smallest shape that takes so many, or None."""

@@ -8,7 +8,8 @@ Source: https://docs.pytorch.org/docs/stable/notes/cuda.html (CUDA graphs)
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,34 @@ def prepared(path: Path, settings: Mapping[str, Any], model: Any, inputs: dict[s
     or what inductor makes of it; what it made before lies in the folder's cache.
     """
     import torch
-    from torch._dynamo import config as dynamo
-    from torch._inductor import config as inductor
 
     join_linears(model, inputs)
     if not settings["compile"]:
         return model
     if (path / CACHE).is_file():
         torch.compiler.load_cache_artifacts((path / CACHE).read_bytes())
-    dynamo.recompile_limit = 64
-    inductor.max_autotune = settings["autotune"]
     return torch.compile(model, backend=fuse_gelu, dynamic=False, fullgraph=True)
+
+
+@contextmanager
+def compiling(settings: Mapping[str, Any]) -> Iterator[None]:
+    """In which what `prepared` gave is called first. Whatever else the process has set, torch's cache is asked for the
+    same: it knows TF32 that is off from TF32 that was never spoken of.
+    """
+    import torch
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    products = torch.backends.cuda.matmul
+    unsaid = products.fp32_precision == "none"
+    if unsaid:
+        products.fp32_precision = "ieee"
+    try:
+        with dynamo.patch(recompile_limit=64), inductor.patch(max_autotune=settings["autotune"]):
+            yield
+    finally:
+        if unsaid:
+            products.fp32_precision = "none"
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -85,7 +103,8 @@ class Captured:
         self.model = model
         self._sample = sample_inputs(path, task, str(model.dtype).removeprefix("torch."))
         call = prepared(path, settings, model, self._buffers((1,) * len(settings["shapes"][0])))
-        self._graphs = {tuple(shape): self._capture(call, tuple(shape)) for shape in settings["shapes"]}
+        with compiling(settings):
+            self._graphs = {tuple(shape): self._capture(call, tuple(shape)) for shape in settings["shapes"]}
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -136,6 +155,8 @@ def captured(works: Sequence[Work], pool: Any, device: Any) -> list[Work]:
 
     runs = [uncaptured(work) for work in works]
     if device.type != "cuda":
+        for run in runs:
+            run()
         return runs
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

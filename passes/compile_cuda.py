@@ -22,16 +22,15 @@ from optimize.pipeline.memory import FRAMEWORKS
 class CompileCuda(Pass):
     """The checkpoint, and what whoever opens it captures: the cells of the workload, and one shape for all other text.
 
-    `compile` has inductor compile each shape (of a generation, its steps), `autotune` also try kernels for its
-    products, which takes minutes. Without either the model's own kernels are captured. A batch is padded up to the
-    smallest shape that takes it.
+    `compile` has inductor compile each shape, `autotune` also try kernels for its products, which takes minutes.
+    Without either the model's own kernels are captured. A batch is padded up to the smallest shape that takes it.
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, torch.compile
     """
 
     name: ClassVar = "compile-cuda"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.CUDA_GRAPHS
-    version: ClassVar = 3
+    version: ClassVar = 4
     tools: ClassVar = ("torch", "transformers")
     target_facts: ClassVar = ("device", "arch", "driver")
 

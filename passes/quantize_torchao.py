@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from optimize.models.casting import align_weights
-from optimize.models.loading import copy_carried, load_model
+from optimize.models.loading import copy_carried, load_model, sample_inputs
+from optimize.models.tasks import TASKS
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
 
@@ -22,15 +23,16 @@ class QuantizeTorchao(Pass):
     with activations quantized per token.
 
     What picks the next token is quantized too with int8, and for that untied from the embeddings; otherwise it stays as
-    it is. Four-bit values are stored in bytes, since torchao's packed form for CPUs has no safetensors form
-    and fits one kind of processor: targets/runtimes/packing.py packs them where they are opened.
+    it is. Where activations are int8, so does a pooler or a head that is given one row a sample: torch's product of
+    int8 on GPUs needs more than 16 rows. Four-bit values are stored in bytes, since torchao's packed form for CPUs has
+    no safetensors form and fits one kind of processor: targets/runtimes/packing.py packs them where they are opened.
     Source: https://docs.pytorch.org/ao, https://huggingface.co/docs/transformers/quantization/torchao
     """
 
     name: ClassVar = "quantize-torchao"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.CHECKPOINT
-    version: ClassVar = 2
+    version: ClassVar = 3
     tools: ClassVar = ("torch", "torchao", "transformers", "safetensors")
 
     mode: Literal["int8", "weights", "int4", "fp8"] = "int8"
@@ -74,6 +76,10 @@ class QuantizeTorchao(Pass):
             model.config.tie_word_embeddings = False
         linear = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
         chosen = {name for name, each in linear.items() if self._takes(each, each is head)}
+        if self.mode == "int8" and not TASKS[context.task].generates:
+            chosen -= _once_a_sample(
+                model, linear, sample_inputs(source.path, context.task, str(model.dtype).removeprefix("torch."))
+            )
         inner = [linear[name].weight.numel() for name in chosen if linear[name] is not head]
         share = sum(inner) / sum(weight.numel() for weight in _inner(model))
         if share < 0.5:
@@ -160,6 +166,23 @@ def _in_fp8(weight: Any) -> Any:
     return Float8Tensor.from_hp(
         weight.detach(), config.weight_dtype, PerRow(), config.mm_config, LEAST, act_quant_kwargs=per_token
     )
+
+
+def _once_a_sample(model: Any, layers: dict[str, Any], inputs: dict[str, Any]) -> set[str]:
+    """Names of the layers that are given one row for each sample of `inputs`."""
+    import torch
+
+    found, samples = set(), len(next(iter(inputs.values())))
+
+    def record(name: str) -> Any:
+        return lambda _, given: found.add(name) if given[0].shape[:-1].numel() == samples else None
+
+    hooks = [each.register_forward_pre_hook(record(name)) for name, each in layers.items()]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def _inner(model: Any) -> list[Any]:

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 from optimize.models.loading import load_model
 from optimize.models.speech import encode_all
 from optimize.models.tasks import Examples
 from optimize.passes._captured_generation import GROUPED, language_shapes, speech_shapes
-from optimize.passes._cuda_graphs import GRAPHS
+from optimize.passes._cuda_graphs import CACHE, GRAPHS
 from optimize.pipeline.batches import SOUND
 from optimize.pipeline.contract import Array, Cell
 from optimize.targets.runtimes import eager
@@ -107,7 +109,8 @@ def test_clips_are_transcribed_as_eager_does(make_speech_model: MakeCheckpoint, 
 
 
 @pytest.mark.parametrize(
-    ("task", "device"), [(SPEECH, "cpu"), *(pytest.param(task, "cuda", marks=ON_GPU) for task in (TEXT, SPEECH))]
+    ("task", "device"),
+    [(SPEECH, "cpu"), *(pytest.param(task, "cuda", marks=ON_GPU) for task in (TEXT, SPEECH))],
 )
 def test_compiled_steps_write_the_same(
     make_language_model: MakeCheckpoint, make_speech_model: MakeCheckpoint, tmp_path: Path, task: str, device: str
@@ -119,3 +122,26 @@ def test_compiled_steps_write_the_same(
     given = [np.zeros((16, 600), np.float32)] if speech else [TOKENS[:8], TOKENS[8:13]]
     expected = stepwise(plain, given, shapes[0][2])
     np.testing.assert_array_equal(captured.generate(given, shapes[0][2]).tokens, expected.tokens)
+
+
+def test_what_was_compiled_is_found_again_whatever_else_the_process_has_set(
+    make_language_model: MakeCheckpoint, tmp_path: Path
+) -> None:
+    out, products = tmp_path / "a", torch.backends.cuda.matmul
+    given, new = [TOKENS[:8], TOKENS[8:13]], 5
+    shutil.copytree(make_language_model(num_hidden_layers=1), out)
+    (out / GRAPHS).write_text(json.dumps({"shapes": [(2, 8, new)], "compile": True, "autotune": False, "fill": 0}))
+    expected = eager.open_session(out, TEXT, 2).generate(given, new)
+    for precision, state in (("ieee", "saved"), ("none", "hit")):
+        products.fp32_precision = precision
+        torch._dynamo.reset()
+        counters.clear()
+        with fresh_cache():
+            found = open_generation(out, load_model(out, TEXT)).generate(given, new)
+            if state == "saved":
+                kept = torch.compiler.save_cache_artifacts()
+                assert kept is not None
+                (out / CACHE).write_bytes(kept[0])
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        assert counters["aot_autograd"][f"autograd_cache_{state}"] == counters["aot_autograd"]["total"] == 2
+        assert products.fp32_precision == precision

@@ -415,7 +415,7 @@ def test_a_candidate_that_runs_out_of_gpu_memory_is_broken_and_the_others_go_on(
     tiny: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(SHORT)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     asked = ("--recipe", "cast-dtype", "--recipe", "checkpoint", *QUICK, "--workload", "1x8,2000x128")
     outcome = cli(tiny, "--target", "gpu", *asked, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.output

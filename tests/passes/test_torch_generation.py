@@ -221,3 +221,12 @@ def test_layers_that_torchao_cannot_take_are_not_passed_over(
     source = Artifact(Kind.CHECKPOINT, make_language_model("GPT2LMHeadModel"), "", "")  # its products are no nn.Linear
     with pytest.raises(ValueError, match="of its layers' weights are linear"):
         QuantizeTorchao().run(source, Context(TASK, probe()), tmp_path)
+
+
+@pytest.mark.parametrize(("mode", "left"), [("int8", ["pooler.dense"]), ("weights", [])])
+def test_what_is_given_one_row_a_sample_has_no_activations_in_int8(
+    mode: Any, left: list[str], tiny: Path, tmp_path: Path
+) -> None:
+    source = Artifact(Kind.CHECKPOINT, tiny, "", "")
+    facts = QuantizeTorchao(mode=mode).run(source, Context("feature-extraction", probe()), tmp_path)
+    assert facts["left"] == left and facts["quantized"] + len(left) == facts["eligible"] > 6
