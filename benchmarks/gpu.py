@@ -110,7 +110,8 @@ def _save(model: Any, folder: Path, tokenizer: Path) -> None:
 
 CUDA_GRAPHS = ("compile-cuda{compile=false}", "compile-cuda")
 SPEECH = ("graphs-fp16", "compiled-fp16")
-LLAMA = ("compiled-bf16", "torchao-fp8-compiled", "torchao-int8-weights-compiled")
+LLAMA = ("compiled-bf16",)
+LLAMA_IN_8_BITS = ("torchao-fp8-compiled", "torchao-int8-weights-compiled")
 VLLM = ("vllm-bf16", "vllm-fp8")
 QUANTIZED = ("vllm-fp8", "vllm-fp8-static", "vllm-int8", "vllm-int4")
 SEVEN = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
@@ -120,6 +121,7 @@ ROWS = {
     "vit-base": Row(vit, "1,32", CUDA_GRAPHS),
     "whisper-base": Row(whisper, "1+64,8+64", SPEECH),
     "llama-1b-captured": Row(llama, "1x64+16,8x64+16,256x64+16", LLAMA),
+    "llama-1b-captured-8": Row(llama, "1x64+16,8x64+16,256x64+16", LLAMA_IN_8_BITS),
     "llama-1b": Row(llama, "1x64+16,8x64+16,256x64+16", VLLM),
     "llama-1b-quantized": Row(llama, "1x64+16,8x64+16,256x64+16", QUANTIZED),
     "smollm2": Row(smollm2, "1x64+16,8x64+16", VLLM),
