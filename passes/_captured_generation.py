@@ -211,7 +211,7 @@ class CapturedGeneration:
         call = prepared(path, settings, model, inputs)
         pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._steps: dict[Shape, CapturedSteps] = {}
-        with compiling(settings):
+        with compiling(path, settings):
             for shape in map(tuple, settings["shapes"]):
                 self._steps[shape] = steps(model, call, shape)
                 self._steps[shape].capture(pool)

@@ -8,6 +8,7 @@ Source: https://docs.pytorch.org/docs/stable/notes/cuda.html (CUDA graphs)
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from optimize.passes._fused_gelu import fuse_gelu
 from optimize.passes._joint_linears import join_linears
 from optimize.pipeline.contract import Array, Batch, Cell
 
+logger = logging.getLogger(__name__)
 GRAPHS, CACHE = "graphs.json", "compile.cache"
 WARM = 3  # calls before capture, which set up what a capture may not
 Shape = tuple[int, ...]
@@ -68,16 +70,18 @@ def prepared(path: Path, settings: Mapping[str, Any], model: Any, inputs: dict[s
 
 
 @contextmanager
-def compiling(settings: Mapping[str, Any]) -> Iterator[None]:
+def compiling(path: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     """In which what `prepared` gave is called first. Whatever else the process has set, torch's cache is asked for the
-    same: it knows TF32 that is off from TF32 that was never spoken of.
+    same: it knows TF32 that is off from TF32 that was never spoken of. What is not found there is said.
     """
     import torch
     from torch._dynamo import config as dynamo
+    from torch._dynamo.utils import counters
     from torch._inductor import config as inductor
 
     products = torch.backends.cuda.matmul
     unsaid = products.fp32_precision == "none"
+    before = _compiled(counters)
     if unsaid:
         products.fp32_precision = "ieee"
     try:
@@ -86,6 +90,14 @@ def compiling(settings: Mapping[str, Any]) -> Iterator[None]:
     finally:
         if unsaid:
             products.fp32_precision = "none"
+    again = _compiled(counters) - before
+    if again and (path / CACHE).is_file():
+        logger.warning("%s: %d graphs are compiled again: what was made of them is for another host", path, again)
+
+
+def _compiled(counters: Mapping[str, Mapping[str, int]]) -> int:
+    """Graphs that inductor did not find in its cache, so far."""
+    return counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"]
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -103,7 +115,7 @@ class Captured:
         self.model = model
         self._sample = sample_inputs(path, task, str(model.dtype).removeprefix("torch."))
         call = prepared(path, settings, model, self._buffers((1,) * len(settings["shapes"][0])))
-        with compiling(settings):
+        with compiling(path, settings):
             self._graphs = {tuple(shape): self._capture(call, tuple(shape)) for shape in settings["shapes"]}
 
     @property

@@ -15,7 +15,7 @@ from optimize.models.loading import load_model
 from optimize.models.speech import encode_all
 from optimize.models.tasks import Examples
 from optimize.passes._captured_generation import GROUPED, language_shapes, speech_shapes
-from optimize.passes._cuda_graphs import CACHE, GRAPHS
+from optimize.passes._cuda_graphs import CACHE, GRAPHS, compiling
 from optimize.pipeline.batches import SOUND
 from optimize.pipeline.contract import Array, Cell
 from optimize.targets.runtimes import eager
@@ -125,7 +125,7 @@ def test_compiled_steps_write_the_same(
 
 
 def test_what_was_compiled_is_found_again_whatever_else_the_process_has_set(
-    make_language_model: MakeCheckpoint, tmp_path: Path
+    make_language_model: MakeCheckpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out, products = tmp_path / "a", torch.backends.cuda.matmul
     given, new = [TOKENS[:8], TOKENS[8:13]], 5
@@ -145,3 +145,7 @@ def test_what_was_compiled_is_found_again_whatever_else_the_process_has_set(
         np.testing.assert_array_equal(found.tokens, expected.tokens)
         assert counters["aot_autograd"][f"autograd_cache_{state}"] == counters["aot_autograd"]["total"] == 2
         assert products.fp32_precision == precision
+    assert "compiled again" not in caplog.text
+    with compiling(out, {"autotune": False}):
+        counters["inductor"]["fxgraph_cache_miss"] += 3
+    assert "3 graphs are compiled again" in caplog.text
