@@ -35,14 +35,13 @@ What has no line above is not in this version. What is, but was never run, or on
 
 | what | state |
 |---|---|
-| target `gpu` | text encoders and `serve-vllm`: run on an H100; autotuned kernels: not run |
-| GPU memory: measured, and run out of | with a stand-in for the driver, and errors that tests raise; not on a GPU |
-| `compile-cuda` of images, language, speech models | on a processor, uncaptured, and compiled; captured: not run |
+| target `gpu` | run on an H100 (torch 2.11), `pytest -m gpu` whole; autotuned kernels: not run |
+| `compile-cuda` | on an H100: text whole; language, speech and images by tests and by hand, no whole run yet |
 | target `multi-gpu` | written; run with two processes of vLLM on a processor alone (tensor parallel, and two copies) |
 | `shard-tensors` | run with two processes on a processor (gloo; transformers 5.17 and 5.23); on GPUs (NCCL): not run |
 | the eager model over several GPUs | where one does not hold it: written; its plan is tested, never run |
 | `quantize-llm-compressor` | int8 and int4 (GPTQ) on a processor; fp8, AWQ, and all of it on a GPU: not run |
-| `quantize-bitsandbytes`, `quantize-torchao` | run on a processor; their recipes for GPUs were not run on one yet |
+| `quantize-bitsandbytes`, `quantize-torchao` | on an H100: tests of small models; one whole run, for memory |
 | vLLM | 0.24 on an H100, 0.32 on a processor; fp8 judged there, not timed; its lock was not installed |
 | TensorRT-LLM | `build-tensorrt-llm` is written after its source; only run against a stand-in for it |
 | TensorRT | `build-tensorrt` and its runtime are written; TensorRT's own libraries were not there to run them |
@@ -51,8 +50,8 @@ What has no line above is not in this version. What is, but was never run, or on
 | workers on Python 3.10 | types are checked as 3.10 has them; run on 3.11 and 3.12 alone |
 | OpenVINO Model Server | not run here: a language model in OpenVINO is run by openvino-genai |
 | Ollama | written after its documentation and source of August 2026; only run against a stand-in, never a real Ollama |
-| image classifiers | on a processor: ViT, ResNet and ConvNeXT; not on a GPU yet, and not in a toolchain |
-| speech models | on a processor: Whisper; not on a GPU, and not in a toolchain; no timestamps, no clips in parts |
+| image classifiers | on a processor: ViT, ResNet and ConvNeXT; on an H100 tests alone; not in a toolchain |
+| speech models | Whisper, on a processor, and on an H100 up to timing; not in a toolchain; no timestamps |
 | other encoder-decoders, CTC | not in this version: no task for them |
 | huggingface.co itself | hub ids are tested against a local server that answers the hub's API only |
 | Xet transfers | left to huggingface_hub; the local server does not offer them |
