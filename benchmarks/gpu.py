@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -136,6 +137,9 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS)
     parser.add_argument("--tokenizer", type=Path, help="a folder with one, instead of the demo's")
     parser.add_argument("--budget", help="instead of a row's own")
+    parser.add_argument(
+        "--limit", type=float, help="seconds after which a row is broken off, with what it has found out"
+    )
     parser.add_argument("--scratch", type=Path, help="where models and what is built stay for the next call")
     parser.add_argument(
         "--warm", action="store_true", help="only build, all recipes at once, to measure in a next call"
@@ -151,7 +155,7 @@ def main() -> None:
             warm(arguments.rows, scratch)
             return
         for name in arguments.rows:
-            found["rows"][name] = measure(name, scratch, arguments.budget)
+            found["rows"][name] = measure(name, scratch, arguments.budget, arguments.limit)
             arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -168,16 +172,24 @@ def warm(names: Sequence[str], scratch: Path) -> None:
     shutil.rmtree(scratch / "cache" / "peaks", ignore_errors=True)
 
 
-def measure(name: str, scratch: Path, budget: str | None) -> dict[str, Any]:
-    """Run `optimize` on a row's model, with empty caches of compilers: its exit code and its report."""
+def measure(name: str, scratch: Path, budget: str | None, limit: float | None) -> dict[str, Any]:
+    """Run `optimize` on a row's model, with empty caches of compilers, and for `limit` seconds at most: its exit code
+    and its report.
+    """
     row, report, compiled = ROWS[name], scratch / f"{name}.json", scratch / f"{name}-compiled"
     for folder in (scratch / f"{name}-out", compiled):
         shutil.rmtree(folder, ignore_errors=True)
     options = ("--budget", budget or row.budget, "--out", scratch / f"{name}-out", "--json", report)
     variables = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}
-    done = subprocess.run(command(row, scratch / name, row.recipes, *options), check=False, env=variables)
+    report.unlink(missing_ok=True)
+    running = subprocess.Popen(command(row, scratch / name, row.recipes, *options), env=variables)
+    try:
+        code = running.wait(limit)
+    except subprocess.TimeoutExpired:  # what was found out until then is in its report
+        running.send_signal(signal.SIGINT)
+        code = running.wait()
     text = report.read_text() if report.is_file() else "null"
-    return {"exit_code": done.returncode, "report": json.loads(text.replace(str(scratch), "SCRATCH"))}
+    return {"exit_code": code, "report": json.loads(text.replace(str(scratch), "SCRATCH"))}
 
 
 def command(row: Row, model: Path, recipes: Sequence[str], *options: str | Path) -> list[str | Path]:
