@@ -31,7 +31,7 @@ class BuildTensorrt(Pass):
         return True
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
-        return "it times kernels on the GPU that it builds for, and here is none" if target.name == "cpu" else None
+        return "it times kernels on the GPU that it builds for, and here is none" if not target.gpus else None
 
     def memory(self, checkpoint: Checkpoint) -> int:
         return FRAMEWORKS + 4 * 4 * checkpoint.parameters

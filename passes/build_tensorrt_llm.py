@@ -68,7 +68,7 @@ class BuildTensorrtLlm(Pass):
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         if TASKS[checkpoint.task].form is not Form.PROMPTS:
             return "it is for language models"
-        return "it builds on the GPUs that it builds for, and here is none" if target.name == "cpu" else None
+        return "it builds on the GPUs that it builds for, and here is none" if not target.gpus else None
 
     def memory(self, checkpoint: Checkpoint) -> int:
         return 2 * FRAMEWORKS + 2 * 2 * checkpoint.parameters

@@ -35,7 +35,7 @@ class BuildTensorrtRtx(Pass):
         return True
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
-        if target.name == "cpu" and not self.capabilities:
+        if not target.gpus and not self.capabilities:
             return "here is no GPU: name the compute capabilities that it is for, as in capabilities=8.9"
         return None
 

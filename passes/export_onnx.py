@@ -41,6 +41,8 @@ class ExportOnnx(Pass):
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
         if TASKS[checkpoint.task].generates:
             return "it exports one forward pass, without a cache: build-genai is for language models"
+        if self.provider == "cuda" and not target.gpus:
+            return "provider=cuda makes operators for NVIDIA GPUs, and here is none"
         return why_older("transformers", EXPORTERS)
 
     def memory(self, checkpoint: Checkpoint) -> int:

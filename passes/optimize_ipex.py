@@ -31,7 +31,7 @@ class OptimizeIpex(Pass):
     mode: Literal["bf16", "fp32", "int8"] = "bf16"
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
-        if target.name != "cpu" or target.arch != "x86_64":
+        if target.gpus or target.arch != "x86_64":
             return "the extension is for x86-64 processors"
         if self.mode == "bf16" and "bfloat16" not in target.dtypes:
             return f"{target.device} has no bfloat16 arithmetic"

@@ -44,7 +44,7 @@ class UseProvider(Pass):
         return self.provider in PREFIX
 
     def requires(self, checkpoint: Checkpoint, target: Target) -> str | None:
-        return "its providers run on NVIDIA GPUs, and here is none" if target.name == "cpu" else None
+        return "its providers run on NVIDIA GPUs, and here is none" if not target.gpus else None
 
     def memory(self, checkpoint: Checkpoint) -> int:
         return FRAMEWORKS

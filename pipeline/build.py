@@ -13,8 +13,7 @@ from optimize.pipeline.plan import Step
 from optimize.pipeline.progress import Progress
 from optimize.pipeline.store import Damage, Entry, Store
 from optimize.pipeline.toolchains import Environment
-from optimize.pipeline.trial import STEP_LIMIT
-from optimize.pipeline.workers import WorkerProcess
+from optimize.pipeline.workers import STEP_LIMIT, WorkerProcess
 
 
 @dataclass

@@ -329,8 +329,7 @@ def repeat(request: Path) -> int:
 def _repeat_apart(toolchain: str, request: Path, arguments: dict[str, Any]) -> Any:
     from optimize.pipeline.driver import cache_folder
     from optimize.pipeline.toolchains import Toolchains
-    from optimize.pipeline.trial import STEP_LIMIT
-    from optimize.pipeline.workers import WorkerProcess
+    from optimize.pipeline.workers import STEP_LIMIT, WorkerProcess
 
     run = request.resolve().parents[1]  # RUN/steps/REQUEST
     cache = run.parents[1] if run.parent.name == "runs" else cache_folder(None)

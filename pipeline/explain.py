@@ -23,10 +23,10 @@ from optimize.pipeline.errors import ArtifactError, RequestError, WorkerError
 from optimize.pipeline.manifest import FILE, REPORT, Report, read_manifest, read_report
 from optimize.pipeline.store import Damage, Store, check_files
 from optimize.pipeline.toolchains import Toolchains
-from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Trial
+from optimize.pipeline.trial import CELLS, TEXT, Trial
 from optimize.pipeline.verdict import Candidate, Status
 from optimize.pipeline.verify import find_checkpoint
-from optimize.pipeline.workers import WorkerProcess
+from optimize.pipeline.workers import STEP_LIMIT, WorkerProcess
 
 BATCHES = 3  # of the evaluation text that layers are compared on: 11 examples, since every layer of them is kept
 SHOWN = 6  # layers in the text

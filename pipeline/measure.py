@@ -20,13 +20,12 @@ from dataclasses import dataclass, field
 from optimize.pipeline.contract import Cell, Gates
 from optimize.pipeline.noise import Noise, NoiseMeter
 from optimize.pipeline.statistics import Interval, ratio_interval
-from optimize.pipeline.workers import WorkerProcess, running
+from optimize.pipeline.workers import CALL_LIMIT, WorkerProcess, running
 
 BLOCK_SECONDS = 0.05  # of calls for one cell in one block, beside one call to warm up
 MIN_QUADS, MAX_QUADS = 8, 200  # fewer than 8 have no distribution-free interval at 99%
 BEYOND = 10  # calls that must lie beyond a percentile for it to be stated
 PERCENTILES = (50, 90, 99)
-CALL_LIMIT = 300.0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from optimize.pipeline.contract import Checkpoint, Labelling, Meaning
 from optimize.pipeline.errors import CheckpointError, OptimizeError, RequestError, WorkerError
 from optimize.pipeline.plan import Plan
 from optimize.pipeline.roofline import Peaks, known_peaks, measure_peaks
-from optimize.pipeline.trial import STEP_LIMIT
+from optimize.pipeline.workers import STEP_LIMIT
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from optimize.pipeline.prepare import Texts, Unchanged, encode_text, find_peaks,
 from optimize.pipeline.progress import Progress
 from optimize.pipeline.roofline import Roof, Work, roofs
 from optimize.pipeline.store import Entry, Store
-from optimize.pipeline.trial import CELLS, STEP_LIMIT, TEXT, Opened, Trial, problem_text, with_estimate
+from optimize.pipeline.trial import CELLS, TEXT, Opened, Trial, problem_text, with_estimate
 from optimize.pipeline.verdict import Candidate, Status, StepReport, Throughput, choose, judge_speed, why_not_recover
-from optimize.pipeline.workers import WorkerProcess, running
+from optimize.pipeline.workers import STEP_LIMIT, WorkerProcess, running
 
 # as a note has it
 BY_GROWTH = (

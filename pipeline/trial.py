@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +21,8 @@ from optimize.pipeline.metrics import task_metrics
 from optimize.pipeline.questions import question_metrics
 from optimize.pipeline.tokens import TokenAccuracy, compare_tokens, why_tokens_rejected
 from optimize.pipeline.toolchains import Environment
-from optimize.pipeline.workers import WorkerProcess
+from optimize.pipeline.workers import STEP_LIMIT, WorkerProcess
 
-STEP_LIMIT = float(os.environ.get("OPTIMIZE_STEP_LIMIT", "1800"))  # seconds for one pass or one request
 REPEATED = 0.05  # nats by which logits of one text may differ between two runs
 TEXT, CELLS = "evaluation", "cells"  # the two .npz files of inputs
 

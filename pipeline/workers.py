@@ -31,6 +31,8 @@ from optimize.pipeline.worker import PROTOCOL
 
 # waits until nobody holds the other end of its input any more, and kills a process group: stopped ones die of it too
 GUARD = 'read -r _; kill -s KILL -- "-$0"'
+STEP_LIMIT = float(os.environ.get("OPTIMIZE_STEP_LIMIT", "1800"))  # seconds for one pass or one request
+CALL_LIMIT = min(300.0, STEP_LIMIT)  # and for a cell's timed calls of one block
 LOG_TAIL = 12  # lines shown of a failed worker's log
 POLL_SECONDS = 0.2
 ELSEWHERE = re.compile("root cause|background process|died")  # an error that another process's text in the log explains

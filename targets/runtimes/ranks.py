@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from optimize.pipeline.errors import OptimizeError
-from optimize.pipeline.trial import STEP_LIMIT
+from optimize.pipeline.workers import STEP_LIMIT
 
 # seconds, of those that the driver gives a whole request, and then kills the worker without a word of ranks
 OPENING, CALL = STEP_LIMIT / 2, STEP_LIMIT / 6

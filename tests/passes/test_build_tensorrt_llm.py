@@ -158,7 +158,7 @@ def test_it_is_left_out_where_no_gpu_is(tmp_path: Path) -> None:
     step = BuildTensorrtLlm()
     generating = Checkpoint("tiny", tmp_path, None, TASK, "LlamaForCausalLM", "bfloat16", 1000, 2000, 256, {})
     assert "here is none" in str(step.requires(generating, probe()))
-    gpu = Target("gpu", "NVIDIA H100", "9.0", (), ("bfloat16",), 1, 80 << 30)
+    gpu = Target("gpu", "NVIDIA H100", "9.0", (), ("bfloat16",), 1, 80 << 30, 1)
     assert step.requires(generating, gpu) is None
     assert "language models" in str(step.requires(replace(generating, task="fill-mask"), gpu))
     with pytest.raises(RequestError, match="gpus=0 is not at least 1"):

@@ -95,4 +95,6 @@ def test_it_is_left_out_where_no_gpu_is(tmp_path: Path) -> None:
     recipe = parse("export-onnx,use-provider")
     assert recipe.toolchains == ("onnxruntime-gpu",)
     assert "here is none" in str(recipe.why_not(checkpoint, probe()))
-    assert recipe.why_not(checkpoint, Target("gpu", "NVIDIA H100", "9.0", (), ("float16",), 1, 80 << 30)) is None
+    fused = parse("export-onnx{fused=true;provider=cuda}")
+    assert "provider=cuda makes operators for NVIDIA GPUs" in str(fused.why_not(checkpoint, probe()))
+    assert recipe.why_not(checkpoint, Target("gpu", "NVIDIA H100", "9.0", (), ("float16",), 1, 80 << 30, 1)) is None
