@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optimize.pipeline.contract import Array, Generation, Kind, Placement
+from optimize.pipeline.contract import Array, Kind, Placement
+from optimize.pipeline.sessions import Generation
 from optimize.targets.runtimes import open_session
 from optimize.targets.runtimes.generating import generate
 from optimize.targets.runtimes.replicas import Replicas

@@ -14,7 +14,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from optimize.pipeline.contract import Array, Batch, Kind, Layers, Session
+from optimize.pipeline.contract import Array, Batch, Kind
+from optimize.pipeline.sessions import Layers, Session
 
 TEXTUAL = (Kind.OLLAMA,)
 PLACED = (Kind.CHECKPOINT, Kind.TENSOR_PARALLEL)  # kinds that run on either device; others say where by what they are

@@ -11,7 +11,8 @@ import torch
 
 from optimize.models.speech import Decoding
 from optimize.passes._captured_generation import CapturedGeneration, CapturedSteps
-from optimize.pipeline.contract import Array, Generation
+from optimize.pipeline.contract import Array
+from optimize.pipeline.sessions import Generation
 from optimize.targets.runtimes.eager import EagerGenerator, padded
 from optimize.targets.runtimes.generating import stepwise
 from optimize.targets.runtimes.tensors import to_numpy, to_torch

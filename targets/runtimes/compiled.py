@@ -12,7 +12,8 @@ from torch.fx.experimental import _config as shapes
 from transformers import CompileConfig, StaticCache
 
 from optimize.passes.compile_generate import COMPILING
-from optimize.pipeline.contract import Array, Generation
+from optimize.pipeline.contract import Array
+from optimize.pipeline.sessions import Generation
 from optimize.targets.runtimes.eager import EagerGenerator, padded
 from optimize.targets.runtimes.tensors import to_numpy
 

@@ -20,7 +20,8 @@ from transformers import StoppingCriteria
 from optimize.models.loading import load_model, quantized_by
 from optimize.models.tasks import TASKS
 from optimize.passes.compile_generate import COMPILING
-from optimize.pipeline.contract import SPREAD, Array, Batch, Form, Generation, Layers
+from optimize.pipeline.contract import SPREAD, Array, Batch, Form
+from optimize.pipeline.sessions import Generation, Layers
 from optimize.targets.runtimes import weights_key
 from optimize.targets.runtimes.packing import pack_int4
 from optimize.targets.runtimes.tensors import to_numpy, to_torch

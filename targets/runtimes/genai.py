@@ -19,7 +19,8 @@ import numpy as np
 import onnxruntime_genai
 
 from optimize.passes.build_genai import SETTINGS
-from optimize.pipeline.contract import Array, Generation
+from optimize.pipeline.contract import Array
+from optimize.pipeline.sessions import Generation
 
 PAD = -1
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}

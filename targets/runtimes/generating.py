@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from optimize.pipeline.contract import Array, Generation
+from optimize.pipeline.contract import Array
+from optimize.pipeline.sessions import Generation
 
 
 def generate(session: Any, prompts: Sequence[Array], new: int, *, logprobs: bool = False) -> Generation:

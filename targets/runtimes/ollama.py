@@ -20,7 +20,8 @@ import numpy as np
 
 from optimize.models.pieces import Pieces
 from optimize.passes._ollama import NAME, OllamaServer
-from optimize.pipeline.contract import Array, Generation
+from optimize.pipeline.contract import Array
+from optimize.pipeline.sessions import Generation
 from optimize.pipeline.tokens import UNTOLD
 
 GENERATE = "/api/generate"

@@ -10,7 +10,8 @@ import numpy as np
 import onnxruntime
 
 from optimize.passes._onnx import PRODUCTS
-from optimize.pipeline.contract import Array, Batch, Layers
+from optimize.pipeline.contract import Array, Batch
+from optimize.pipeline.sessions import Layers
 from optimize.targets.runtimes import weights_key
 
 

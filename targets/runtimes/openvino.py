@@ -13,7 +13,8 @@ import openvino
 from optimize.models.tasks import TASKS
 from optimize.passes.convert_openvino import IR, RUNTIME_OPTIONS
 from optimize.passes.quantize_openvino import PRODUCTS, is_product_of_weights, weight_of
-from optimize.pipeline.contract import Array, Batch, Form, Layers
+from optimize.pipeline.contract import Array, Batch, Form
+from optimize.pipeline.sessions import Layers
 from optimize.targets.runtimes import weights_key
 
 # operations whose outputs are layers to a reader; what lies between them is layout and arithmetic of one layer

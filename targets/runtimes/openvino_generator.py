@@ -13,7 +13,8 @@ import openvino
 import openvino_genai
 
 from optimize.passes.convert_openvino import IR
-from optimize.pipeline.contract import Array, Generation
+from optimize.pipeline.contract import Array
+from optimize.pipeline.sessions import Generation
 
 
 class OpenvinoGenerator:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from optimize.pipeline.contract import Array, Generation, Placement
+from optimize.pipeline.contract import Array, Placement
+from optimize.pipeline.sessions import Generation
 
 Open = Callable[[], Any]  # a session; must be importable, since it is called in another process
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from optimize.passes.shard_tensors import FACTS
-from optimize.pipeline.contract import Array, Generation
+from optimize.pipeline.contract import Array
+from optimize.pipeline.sessions import Generation
 from optimize.targets.runtimes.ranks import Ranks
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from optimize.passes._tensorrt_llm import context_logits, open_llm, stream
-from optimize.pipeline.contract import Array, Generation
+from optimize.pipeline.contract import Array
+from optimize.pipeline.sessions import Generation
 
 
 class TensorrtLlmSession:

@@ -23,8 +23,9 @@ import torch
 from vllm import LLM, SamplingParams
 
 from optimize.passes.serve_vllm import FACTS, SERVE
-from optimize.pipeline.contract import Array, Generation, Placement
+from optimize.pipeline.contract import Array, Placement
 from optimize.pipeline.errors import HostError
+from optimize.pipeline.sessions import Generation
 from optimize.targets.runtimes.replicas import Replicas
 
 FREE = 0.95  # of the GPU's memory that is free: what vLLM may take
