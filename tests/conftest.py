@@ -64,6 +64,11 @@ Install = Callable[[str, dict[str, str]], None]
 MakeCheckpoint = Callable[..., Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: with short tests at the end, no process waits long for another's last file."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def offline() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
