@@ -48,7 +48,8 @@ def sharded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def started_by(pid: int) -> list[psutil.Process]:
     """The ranks among what a process started."""
-    return [each for each in psutil.Process(pid).children() if "optimize.targets.runtimes.rank" in each.cmdline()]
+    alive = (each for each in psutil.Process(pid).children() if each.status() != psutil.STATUS_ZOMBIE)
+    return [each for each in alive if "optimize.targets.runtimes.rank" in each.cmdline()]
 
 
 def test_ranks_answer_as_one_process_does_and_one_that_hangs_is_named(
