@@ -35,7 +35,7 @@ What has no line above is not in this version. What is, but was never run, or on
 
 | what | state |
 |---|---|
-| target `gpu` | run on an H100 (torch 2.11), `pytest -m gpu` whole; autotuned kernels: not run |
+| target `gpu` | on an H100 (torch 2.11) each test for one GPU passed, in several calls; autotuned kernels: not run |
 | `compile-cuda` | on an H100: text whole; language, speech and images by tests and by hand, no whole run yet |
 | target `multi-gpu` | written; run with two processes of vLLM on a processor alone (tensor parallel, and two copies) |
 | `shard-tensors` | run with two processes on a processor (gloo; transformers 5.17 and 5.23); on GPUs (NCCL): not run |

@@ -92,7 +92,7 @@ def compiling(path: Path, settings: Mapping[str, Any]) -> Iterator[None]:
             products.fp32_precision = "none"
     again = _compiled(counters) - before
     if again and (path / CACHE).is_file():
-        logger.warning("%s: %d graphs are compiled again: what was made of them is for another host", path, again)
+        logger.warning("%s: %d graphs are compiled again: they are not in its compile cache", path, again)
 
 
 def _compiled(counters: Mapping[str, Mapping[str, int]]) -> int:

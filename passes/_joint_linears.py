@@ -9,25 +9,18 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from optimize.passes._layer_inputs import layer_inputs
+
 
 def join_linears(model: Any, inputs: dict[str, Any]) -> int:
     """Join the linear layers of `model` that are given the same tensor, as seen when it computes on `inputs`.
 
     Of those that belong to several groups none is joined, nor any whose weights are quantized. Returns how many were.
     """
-    import torch
-
-    calls: dict[int, tuple[Any, list[str]]] = {}  # by the tensor's identity, kept alive so that none is taken twice
-
-    def record(name: str) -> Any:
-        return lambda module, given: calls.setdefault(id(given[0]), (given[0], []))[1].append(name)
-
     linears = {name: each for name, each in model.named_modules() if _is_plain(each)}
-    hooks = [each.register_forward_pre_hook(record(name)) for name, each in linears.items()]
-    with torch.no_grad():
-        model(**inputs)
-    for hook in hooks:
-        hook.remove()
+    calls: dict[int, tuple[Any, list[str]]] = {}  # by the tensor's identity, kept alive so that none is taken twice
+    for name, given in layer_inputs(model, linears, inputs):
+        calls.setdefault(id(given), (given, []))[1].append(name)
     members: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for _, names in calls.values():
         for name in names:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from optimize.models.casting import align_weights
 from optimize.models.loading import copy_carried, load_model, sample_inputs
 from optimize.models.tasks import TASKS
+from optimize.passes._layer_inputs import layer_inputs
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
 
@@ -170,19 +171,8 @@ def _in_fp8(weight: Any) -> Any:
 
 def _once_a_sample(model: Any, layers: dict[str, Any], inputs: dict[str, Any]) -> set[str]:
     """Names of the layers that are given one row for each sample of `inputs`."""
-    import torch
-
-    found, samples = set(), len(next(iter(inputs.values())))
-
-    def record(name: str) -> Any:
-        return lambda _, given: found.add(name) if given[0].shape[:-1].numel() == samples else None
-
-    hooks = [each.register_forward_pre_hook(record(name)) for name, each in layers.items()]
-    with torch.no_grad():
-        model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return found
+    samples = len(next(iter(inputs.values())))
+    return {name for name, given in layer_inputs(model, layers, inputs) if given.shape[:-1].numel() == samples}
 
 
 def _inner(model: Any) -> list[Any]:

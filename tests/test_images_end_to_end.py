@@ -113,14 +113,14 @@ def _check_card(out: Path, card: str, picture: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "recipe"),
-    [("ViTForImageClassification", "export-onnx"), ("ResNetForImageClassification", "cast-dtype,compile-aoti")],
+    ("architecture", "more"),
+    [("ViTForImageClassification", ()), ("ResNetForImageClassification", ("cast-dtype,compile-aoti",))],
 )
 def test_recipes_that_need_no_data_answer_as_eager_does(
-    architecture: str, recipe: str, make_image_classifier: MakeCheckpoint, cli: Cli, tmp_path: Path
+    architecture: str, more: tuple[str, ...], make_image_classifier: MakeCheckpoint, cli: Cli, tmp_path: Path
 ) -> None:
-    recipes = (recipe, "export-onnx,quantize-onnx", "convert-openvino")
-    given = [word for each in recipes for word in ("--recipe", each)]
+    recipes = (*more, "export-onnx", "export-onnx,quantize-onnx", "convert-openvino")
+    given = [word for recipe in recipes for word in ("--recipe", recipe)]
     outcome = cli(make_image_classifier(architecture), *given, *QUICK, "--max-drop", "0.01", "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.output
     assert outcome.report is not None
