@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ _RAN_OUT = re.compile(
     r"|No available memory for the cache blocks|larger than the available KV cache memory"
     r"|Free memory on device .{0,80}is less than desired GPU memory utilization"
 )
+RESTED = 1.5  # seconds after a process's last kernel in which the driver's mean over the last second forgets it
 _TRIED, _FREE = re.compile(r"Tried to allocate ([\d.]+ \w+)"), re.compile(r"of which ([\d.]+ \w+) is free")
 
 
@@ -60,6 +62,11 @@ class GpuMeter:
         grown = max((now - then for (then, _), (now, _) in pairs), default=0)
         return GpuMemory(grown, by_process=False) if grown > 0 else None
 
+    def others(self) -> float | None:
+        """The share of a second in which kernels ran, while those that it is the meter of are paused."""
+        time.sleep(RESTED)
+        return computing(self._gpus)
+
     def _memory(self) -> list[tuple[int, int]]:
         """Bytes that are used of each GPU, by whatever process, and that it has."""
         import pynvml
@@ -77,6 +84,18 @@ class GpuMeter:
             found = map(pynvml.nvmlDeviceGetComputeRunningProcesses, devices[: self._gpus])
             return [[(int(each.pid), int(each.usedGpuMemory or 0)) for each in processes] for processes in found]
         return []
+
+
+def computing(gpus: int) -> float | None:
+    """The share of about the last second in which somebody's kernels ran: of the busiest of the first `gpus` of those
+    that are visible. None where no driver tells.
+    """
+    import pynvml
+
+    with suppress(pynvml.NVMLError), visible() as devices:
+        percents = [pynvml.nvmlDeviceGetUtilizationRates(device).gpu for device in devices[:gpus]]
+        return max(percents) / 100 if percents else None
+    return None
 
 
 def ran_out(text: str) -> str | None:

@@ -72,7 +72,7 @@ class Speed:
     quads: int
     noise: Noise | None = None
     disturbed: int = 0  # quads that foreign work disturbed, and that are not among the samples
-    busy: bool = False  # the host: too few quads were undisturbed, so all of them are among the samples
+    busy: bool = False  # the host: too few quads were undisturbed, so all are among the samples; or others' GPU work
 
 
 # seconds of each call, by quad, block, cell and call: the raw figures behind a Speed. A generation's cell is three, one
@@ -92,8 +92,10 @@ def compare(
 
     The first quad warms both up and tells how many fit; it is not among the samples. `progress` is shown the interval
     as it shrinks, and decides nothing. Quads during which foreign work took more than `max_load` of the host are made
-    again, until as many are disturbed as were wanted: for at most twice the budget.
+    again, until as many are disturbed as were wanted: for at most twice the budget. Of a GPU only its driver's mean
+    over a second is known, and not whose work it was: it is asked before and after, while ours rest.
     """
+    on_gpu = [candidate.others_on_gpu()]
     started, meter = time.monotonic(), NoiseMeter(baseline.pid, candidate.pid)
     _quad(baseline, candidate, len(cells))
     planned = int(min(max(budget / max(time.monotonic() - started, 1e-3) - 1, MIN_QUADS), MAX_QUADS))
@@ -105,9 +107,12 @@ def compare(
         (quiet if min(sum(meter.shares(begin)), 1.0) <= max_load else disturbed).append(quad)
         if len(quiet) > 1:
             progress(summarize(quiet, cells).overall, len(quiet), planned)
-    busy = len(quiet) < MIN_QUADS
-    raw = quiet + disturbed if busy else quiet
-    noise = meter.read(_spread(raw))
+    few = len(quiet) < MIN_QUADS
+    raw = quiet + disturbed if few else quiet
+    on_gpu.append(candidate.others_on_gpu())
+    gpu = max((share for share in on_gpu if share is not None), default=None)
+    noise = dataclasses.replace(meter.read(_spread(raw)), gpu=gpu)
+    busy = few or (gpu or 0.0) > max_load
     speed = dataclasses.replace(summarize(raw, cells), noise=noise, disturbed=len(disturbed), busy=busy)
     return speed, raw
 

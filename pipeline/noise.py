@@ -19,6 +19,7 @@ class Noise:
     load: float  # running or waiting processes, the mean of the last minute before it
     megahertz: tuple[float, float] | None  # the processors' mean clock before and after; None where it is not told
     spread: float  # of the baseline against itself within a quad: root mean square of the log ratio
+    gpu: float | None = None  # share of the second before it, or after, in which others' kernels ran; None without GPU
 
     def __str__(self) -> str:
         parts = [f"the baseline differs from itself by {self.spread:.1%}"]
@@ -26,6 +27,8 @@ class Noise:
             parts.append(f"other processes took {self.others:.0%} of the processors")
         if self.stolen > NOTABLE:
             parts.append(f"the hypervisor kept {self.stolen:.0%}")
+        if self.gpu is not None and self.gpu > NOTABLE:
+            parts.append(f"other processes computed on the GPU for {self.gpu:.0%} of the second before it or after")
         return ", ".join(parts)
 
 

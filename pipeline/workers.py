@@ -141,6 +141,10 @@ class WorkerProcess:
         """What it and all that it started hold of GPU memory now; None on a processor: see GpuMeter.read."""
         return self._gpus.read(self.pid) if self._gpus else None
 
+    def others_on_gpu(self) -> float | None:
+        """While it and all of ours are paused: see GpuMeter.others. None on a processor."""
+        return self._gpus.others() if self._gpus else None
+
     def pause(self) -> None:
         """Stop the process, so that its spinning threads do not tax what is being timed."""
         self._signal(signal.SIGSTOP)

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from optimize.models.encoding import encode
 from optimize.models.images import encode_sample
 from optimize.passes._cuda_graphs import fitting, shapes_of, widened
 from optimize.passes.compile_cuda import CompileCuda
-from optimize.pipeline import keys
+from optimize.pipeline import gpus, keys
 from optimize.pipeline.calls import call_of
 from optimize.pipeline.contract import (
     SPREAD,
@@ -84,10 +86,12 @@ def drive(
 ) -> SimpleNamespace:  # fmt: skip
     """Have a driver tell of so many GPUs, of those names in turn, and of what `processes` hold: GPU -> pid -> bytes.
 
-    Returns the memory that each of them has; what is used of it may be changed.
+    Kernels run for a tenth of the time on the first, for two tenths on the second, and so on. Returns the memory that
+    each of them has; what is used of it may be changed.
     """
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     memory = SimpleNamespace(total=24 << 30, used=1 << 30)
+    monkeypatch.setattr(gpus, "RESTED", 0.0)
 
     def computing(device: int) -> list[SimpleNamespace]:
         held = processes.get(device, {})
@@ -100,6 +104,7 @@ def drive(
         "nvmlDeviceGetName": lambda index: names[index % len(names)], "nvmlDeviceGetMemoryInfo": lambda _: memory,
         "nvmlSystemGetDriverVersion": lambda: "580.1", "nvmlDeviceGetNvLinkState": lambda _, link: int(link < links),
         "nvmlDeviceGetComputeRunningProcesses": computing,
+        "nvmlDeviceGetUtilizationRates": lambda index: SimpleNamespace(gpu=10 * (index + 1), memory=0),
     }  # fmt: skip
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, name, answer)
@@ -182,15 +187,28 @@ def test_where_no_process_is_named_the_growth_of_what_is_used_is_told(monkeypatc
         assert meter.read(os.getpid()) is None
 
 
+def test_work_of_others_is_that_of_the_busiest_of_the_targets_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drive(monkeypatch, count=3)
+    assert (GpuMeter(1).others(), GpuMeter(2).others()) == (0.1, 0.2)
+    with WorkerProcess(tmp_path / "worker.log", gpus=3) as worker, WorkerProcess(tmp_path / "other.log") as other:
+        assert (worker.others_on_gpu(), other.others_on_gpu()) == (0.3, None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert GpuMeter(1).others() is None
+
+
 def test_a_driver_that_tells_nothing_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
     memory = drive(monkeypatch)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", refuse)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", refuse)
     meter = GpuMeter(1)
     memory.used = 2 << 30
     assert meter.read(os.getpid()) == GpuMemory(1 << 30, by_process=False)
+    assert meter.others() is None
     monkeypatch.setattr(pynvml, "nvmlInit", refuse)
     assert meter.read(os.getpid()) is None and GpuMeter(1).free is None
 
@@ -431,6 +449,74 @@ def test_a_candidate_that_runs_out_of_gpu_memory_is_broken_and_the_others_go_on(
     ):
         assert words in broken["reason"]
     assert "Traceback" not in outcome.output
+
+
+# takes 2 GiB of the GPU, and computes for the share of the time that is asked for
+LODGER = """
+import sys, time, torch
+held = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+factor = torch.ones(4096, 4096, device="cuda")
+print("there", flush=True)
+while True:
+    begun = time.monotonic()
+    while time.monotonic() < begun + 0.1 * float(sys.argv[1]):
+        factor @ factor
+        torch.cuda.synchronize()
+    time.sleep(max(begun + 0.1 - time.monotonic(), 0.0))
+"""
+
+
+@contextmanager
+def lodger(share: float) -> Iterator[None]:
+    """Somebody else on the GPU."""
+    with subprocess.Popen([sys.executable, "-c", LODGER, str(share)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"there\n"
+        yield
+        process.kill()
+
+
+def used() -> int:
+    """Bytes of the GPU, by whatever process."""
+    with gpus.visible() as (device, *_):
+        return int(pynvml.nvmlDeviceGetMemoryInfo(device).used)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HERE, reason="here is no GPU")
+def test_who_else_computes_on_the_gpu_is_told_and_nothing_is_emitted(tiny: Path, cli: Cli, tmp_path: Path) -> None:
+    asked = ("--target", "gpu", "--recipe", "eager-fp16", *QUICK[:-1], "0.3", "--out", tmp_path / "emitted")
+    with lodger(1.0):
+        outcome = cli(tiny, *asked)
+    assert outcome.code == ExitCode.INCONCLUSIVE and not (tmp_path / "emitted").exists(), outcome.output
+    assert "of it held by others" in " ".join(outcome.output.split())
+    assert outcome.report is not None
+    (candidate,) = outcome.report["candidates"]
+    assert "other processes computed on the GPU" in candidate["reason"]
+    assert candidate["speed"]["noise"]["gpu"] > 0.3
+    alone = cli(tiny, *asked[:-2], "--out", tmp_path / "alone")
+    assert alone.report is not None
+    (candidate,) = alone.report["candidates"]
+    assert candidate["speed"]["noise"]["gpu"] < 0.3, "its own work is not another's"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HERE, reason="here is no GPU")
+def test_a_run_that_is_killed_leaves_nothing_on_the_gpu(tiny: Path, shared_cache: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "optimize.pipeline.cli", tiny, "--target", "gpu", "--recipe", "graphs-fp16", *QUICK]
+    words += ["--budget", "60s", "--out", tmp_path / "emitted", "--cache", shared_cache]
+    before = used()
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        wait_until(lambda: used() > before + (600 << 20), 120)  # a reference or a baseline, and a candidate
+        run.kill()
+    wait_until(lambda: used() < before + (100 << 20), 10)
+    assert not (tmp_path / "emitted").exists()
+
+
+def wait_until(reached: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end, f"not within {seconds:.0f} s"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from optimize.pipeline import measure
-from optimize.pipeline.contract import Cell
+from optimize.pipeline.contract import Cell, Gates
 from optimize.pipeline.measure import MIN_QUADS, Samples, Speed, compare, percentiles, spread_of_quads, summarize
 from optimize.pipeline.noise import Counters, Noise, NoiseMeter
+from optimize.pipeline.verdict import Status, judge_speed
 
 CELLS = (Cell(1, 32), Cell(8, 128))
 BASELINE = (0.010, 0.200)  # seconds of one call of each cell
@@ -131,6 +132,12 @@ class StubProcess:
 
     pid = 0
 
+    def __init__(self, on_gpu: Sequence[float | None] = (None, None)) -> None:
+        self._on_gpu = iter(on_gpu)
+
+    def others_on_gpu(self) -> float | None:
+        return next(self._on_gpu)
+
 
 @pytest.fixture
 def compare_under(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Speed, Samples]]:
@@ -138,7 +145,9 @@ def compare_under(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Speed,
     on the candidate's side.
     """
 
-    def of(loads: Sequence[float], max_load: float) -> tuple[Speed, Samples]:
+    def of(
+        loads: Sequence[float], max_load: float, on_gpu: tuple[float | None, float | None] = (None, None)
+    ) -> tuple[Speed, Samples]:
         endless, current = itertools.cycle(loads), [0.0]
 
         class Meter(NoiseMeter):
@@ -160,7 +169,7 @@ def compare_under(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Speed,
 
         monkeypatch.setattr(measure, "NoiseMeter", Meter)
         monkeypatch.setattr(measure, "_quad", quad)
-        stub: Any = StubProcess()
+        stub: Any = StubProcess(on_gpu)
         return compare(stub, stub, [Cell(1, 8)], 0.0, max_load)
 
     return of
@@ -181,6 +190,21 @@ def test_where_hardly_a_quad_is_undisturbed_the_host_is_busy(
     assert speed.busy
     assert speed.disturbed == MIN_QUADS
     assert speed.quads == len(raw) > MIN_QUADS, "all of them are shown"
+
+
+@pytest.mark.parametrize("on_gpu", [(0.93, 0.0), (0.0, 0.93)])
+def test_work_of_others_on_the_gpu_before_or_after_makes_the_host_busy(
+    compare_under: Callable[..., tuple[Speed, Samples]], on_gpu: tuple[float, float]
+) -> None:
+    speed, _ = compare_under([0.0], 0.2, on_gpu)
+    assert speed.busy and speed.noise is not None and speed.noise.gpu == 0.93
+    assert judge_speed(speed, Gates())[0] is Status.INCONCLUSIVE
+    assert "computed on the GPU for 93%" in str(speed.noise)
+    allowed, _ = compare_under([0.0], 1.0, on_gpu)
+    idle, _ = compare_under([0.0], 0.2, (0.04, 0.0))
+    processor, _ = compare_under([0.0], 0.2)
+    assert not (allowed.busy or idle.busy or processor.busy)
+    assert processor.noise is not None and processor.noise.gpu is None
 
 
 def test_load_that_is_allowed_does_not_disturb(compare_under: Callable[..., tuple[Speed, Samples]]) -> None:
