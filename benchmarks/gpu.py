@@ -110,20 +110,17 @@ def _save(model: Any, folder: Path, tokenizer: Path) -> None:
 
 
 CUDA_GRAPHS = ("compile-cuda{compile=false}", "compile-cuda")
-SPEECH = ("graphs-fp16", "compiled-fp16")
+SPEECH = ("compiled-fp16",)
 LLAMA = ("compiled-bf16",)
 LLAMA_IN_8_BITS = ("torchao-fp8-compiled", "torchao-int8-weights-compiled")
 VLLM = ("vllm-bf16", "vllm-fp8")
-ENCODER_QUANTIZED = (
-    "bitsandbytes-nf4", "bitsandbytes-int8", "torchao-int8-compiled",
-    "cast-dtype,quantize-torchao{mode=weights},compile-cuda",
-)  # fmt: skip
+REJECTED = ("bitsandbytes-nf4", "bitsandbytes-int8", "cast-dtype,quantize-torchao,compile-cuda{compile=false}")
 QUANTIZED = ("vllm-fp8", "vllm-fp8-static", "vllm-int8", "vllm-int4")
 SEVEN = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 TOGETHER = ("vllm-bf16", "vllm-bf16-tp2", "vllm-bf16-x2")
 ROWS = {
     "bert-base": Row(bert, "1x128,8x128,32x128", CUDA_GRAPHS, options=("--task", "feature-extraction")),
-    "bert-base-quantized": Row(bert, "1x128,128x512", ENCODER_QUANTIZED, options=("--task", "feature-extraction")),
+    "bert-base-rejected": Row(bert, "1x128,128x512*3", REJECTED, options=("--task", "feature-extraction")),
     "vit-base": Row(vit, "1,32", CUDA_GRAPHS),
     "whisper-base": Row(whisper, "1+64,8+64", SPEECH),
     "llama-1b-captured": Row(llama, "1x64+16,8x64+16,256x64+16", LLAMA),
