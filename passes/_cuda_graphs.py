@@ -71,25 +71,14 @@ def prepared(path: Path, settings: Mapping[str, Any], model: Any, inputs: dict[s
 
 @contextmanager
 def compiling(path: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """In which what `prepared` gave is called first. Whatever else the process has set, torch's cache is asked for the
-    same: it knows TF32 that is off from TF32 that was never spoken of. What is not found there is said.
-    """
-    import torch
+    """In which what `prepared` gave is called first. What torch does not find in the folder's cache is said."""
     from torch._dynamo import config as dynamo
     from torch._dynamo.utils import counters
     from torch._inductor import config as inductor
 
-    products = torch.backends.cuda.matmul
-    unsaid = products.fp32_precision == "none"
     before = _compiled(counters)
-    if unsaid:
-        products.fp32_precision = "ieee"
-    try:
-        with dynamo.patch(recompile_limit=64), inductor.patch(max_autotune=settings["autotune"]):
-            yield
-    finally:
-        if unsaid:
-            products.fp32_precision = "none"
+    with dynamo.patch(recompile_limit=64), inductor.patch(max_autotune=settings["autotune"]):
+        yield
     again = _compiled(counters) - before
     if again and (path / CACHE).is_file():
         logger.warning("%s: %d graphs are compiled again: they are not in its compile cache", path, again)
@@ -155,7 +144,9 @@ class Captured:
 
 
 def captured(works: Sequence[Work], pool: Any, device: Any) -> list[Work]:
-    """What does each of some work again, captured in their order after some turns of them all."""
+    """What does each of some work again, captured in their order after some turns of them all. Raises ValueError where
+    it cannot be captured.
+    """
     import torch
 
     def uncaptured(work: Work) -> Work:
@@ -179,7 +170,16 @@ def captured(works: Sequence[Work], pool: Any, device: Any) -> list[Work]:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graphs = [torch.cuda.CUDAGraph() for _ in runs]
-    for graph, run in zip(graphs, runs, strict=True):
-        with torch.cuda.graph(graph, pool=pool):
-            run()
+    try:
+        for graph, run in zip(graphs, runs, strict=True):
+            with torch.cuda.graph(graph, pool=pool):
+                run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        first = str(error.__context__ or error).partition("\n")[0]  # what ends a capture fails then, too
+        message = (
+            f"the model does what no CUDA graph takes, such as waiting for the GPU ({first}): leave out compile-cuda"
+        )
+        raise ValueError(message) from error
     return [graph.replay for graph in graphs]

@@ -78,14 +78,16 @@ class QuantizeBitsandbytes(Pass):
             bnb_4bit_compute_dtype=dtype,
         )  # fmt: skip
         model = load_model(source.path, context.task, device=context.target.device_type, quantization=config)
-        found = sum(type(each).__module__.startswith("bitsandbytes") for each in model.modules())
-        if found != len(linear) - len(left):
-            raise ValueError(f"transformers had {found} layers quantized, not {len(linear) - len(left)}")
+        modules = dict(model.named_modules())
+        eligible = linear.keys() & modules.keys()  # a pooler that was never trained is not there
+        found = sum(type(each).__module__.startswith("bitsandbytes") for each in modules.values())
+        if found != len(eligible - {*left}):
+            raise ValueError(f"transformers had {found} layers quantized, not {len(eligible - {*left})}")
         copy_carried(source.path, out)
         model.save_pretrained(out)
         for path in out.glob("*.safetensors"):
             align_weights(path)  # its int8 product on a processor is torch's
-        return {"quantized": found, "eligible": len(linear), "left": left, "share_of_layers": round(share, 3)}
+        return {"quantized": found, "eligible": len(eligible), "left": left, "share_of_layers": round(share, 3)}
 
     def ensures(self, out: Path) -> None:
         if quantization(read_config(out)) != "bitsandbytes":

@@ -160,9 +160,12 @@ def peaks(target: Target) -> dict[str, Any]:
     """What this GPU reaches at most: see roofline.Peaks. Best of several products of square matrices, TF32 off."""
     import torch
 
-    torch.backends.cuda.matmul.allow_tf32 = False
-    dtypes = (each for each in target.dtypes if each != "float8_e4m3fn")
-    return cpu.reached(dtypes, PRODUCT, READ, "cuda", _fastest)
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "ieee"
+    try:
+        return cpu.reached(target.dtypes, PRODUCT, READ, "cuda", _fastest)
+    finally:
+        products.fp32_precision = before  # torch's compile cache knows what is off from what was never spoken of
 
 
 def _fastest(call: Callable[[], Any]) -> float:

@@ -22,7 +22,7 @@ import torch
 
 from optimize.models.encoding import encode
 from optimize.models.images import encode_sample
-from optimize.passes._cuda_graphs import fitting, shapes_of, widened
+from optimize.passes._cuda_graphs import captured, fitting, shapes_of, widened
 from optimize.passes.compile_cuda import CompileCuda
 from optimize.pipeline import gpus, keys
 from optimize.pipeline.calls import call_of
@@ -144,6 +144,17 @@ def test_gpus_are_those_that_cuda_would_see(monkeypatch: pytest.MonkeyPatch, vis
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(RequestError, match="leaves none"):
         gpu.probe()
+
+
+def test_peaks_are_measured_without_tf32_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = torch.backends.cuda.matmul
+    seen = []
+    monkeypatch.setattr(cpu, "reached", lambda *_: seen.append(products.fp32_precision))
+    for before in ("tf32", "none"):
+        products.fp32_precision = before
+        gpu.peaks(H100)
+        assert products.fp32_precision == before, "else torch's compile cache would not be found by who never said it"
+    assert seen == ["ieee", "ieee"]
 
 
 def test_several_gpus_are_one_target_if_they_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,6 +398,15 @@ def test_what_is_captured_answers_as_eager_does_at_every_shape(tiny: Path, tmp_p
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HERE, reason="here is no GPU")
+def test_what_waits_for_the_gpu_is_not_captured_and_that_is_said() -> None:
+    with pytest.raises(ValueError, match="no CUDA graph takes, such as waiting for the GPU"):
+        captured([lambda: print(torch.ones(1, device="cuda").item())], None, torch.device("cuda"))
+    (replay,) = captured([lambda: torch.ones(1, device="cuda").neg_()], None, torch.device("cuda"))
+    replay()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HERE, reason="here is no GPU")
 def test_logits_of_each_token_are_cut_back_to_the_text(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     asking, out = make_checkpoint("BertForQuestionAnswering"), tmp_path / "out"
     out.mkdir()
@@ -415,8 +435,10 @@ def test_images_are_captured_too(make_image_classifier: MakeCheckpoint, tmp_path
 @pytest.mark.skipif(not HERE, reason="here is no GPU")
 def test_a_checkpoint_is_lowered_judged_and_emitted_on_a_gpu(tiny: Path, cli: Cli, tmp_path: Path) -> None:
     asked = ("--recipe", "graphs-fp16", "--recipe", "compiled-fp16", *QUICK)
-    outcome = cli(tiny, "--target", "gpu", *asked, "--out", tmp_path / "emitted")
+    outcome = cli(tiny, "--target", "gpu", *asked, "--out", tmp_path / "emitted", cache=tmp_path / "cache")
     assert outcome.code == 0, outcome.output
+    logs = "\n".join(each.read_text(errors="replace") for each in tmp_path.glob("cache/runs/*/logs/*.log"))
+    assert "compiled again" not in logs and logs, "what was built is not found where it is opened"
     manifest = json.loads((tmp_path / "emitted" / "optimize.json").read_text())
     assert manifest["kind"] == "cuda-graphs" and manifest["report"]["host"]["target"]["gpus"] == 1
     baseline, candidates = manifest["report"]["baseline"], manifest["report"]["candidates"]

@@ -1,15 +1,18 @@
 """quantize-bitsandbytes: near the eager model, smaller, and opened by transformers as it is: on a processor."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from optimize.models.checkpoint import resolve
 from optimize.models.loading import quantized_by
+from optimize.models.weights import SINGLE
 from optimize.passes.cast_dtype import CastDtype
 from optimize.passes.quantize_bitsandbytes import QuantizeBitsandbytes
 from optimize.pipeline.contract import Artifact, Context, Kind, Pass
@@ -94,6 +97,15 @@ def test_an_encoder_with_a_classifier_is_quantized_too(make_checkpoint: MakeChec
     batch = {"input_ids": TOKENS[None], "attention_mask": np.ones((1, len(TOKENS)), np.int64)}
     found, expected = (eager.open_session(each, task, 2).run(batch)["logits"] for each in (tmp_path / "out", source))
     assert found.dtype == np.float32 and np.abs(found - expected).max() < 0.3 * np.abs(expected).max()
+
+
+def test_a_pooler_that_was_never_trained_is_not_missed(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(make_checkpoint(dtype="float16"), source)
+    trained = {name: each for name, each in load_file(source / SINGLE).items() if "pooler" not in name}
+    save_file(trained, source / SINGLE, metadata={"format": "pt"})
+    facts = run(QuantizeBitsandbytes(), source, tmp_path / "out", "feature-extraction")
+    assert (facts["quantized"], facts["eligible"], facts["left"]) == (12, 12, [])
 
 
 def test_layers_that_are_stored_transposed_are_quantized(make_language_model: MakeCheckpoint, tmp_path: Path) -> None:
