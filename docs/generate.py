@@ -35,14 +35,14 @@ What has no line above is not in this version. What is, but was never run, or on
 
 | what | state |
 |---|---|
-| target `gpu` | on an H100 (torch 2.11) each test for one GPU passed, in several calls; autotuned kernels: not run |
-| `compile-cuda` | on an H100: text whole; language, speech and images by tests and by hand, no whole run yet |
+| target `gpu` | on an H100 (torch 2.11) one GPU's tests passed, but a kill's (cut off) and a capture's (later) |
+| `compile-cuda` | on an H100: text whole; language, speech, images by tests and by hand; its cache was missed |
 | target `multi-gpu` | written; run with two processes of vLLM on a processor alone (tensor parallel, and two copies) |
 | `shard-tensors` | run with two processes on a processor (gloo; transformers 5.17 and 5.23); on GPUs (NCCL): not run |
 | the eager model over several GPUs | where one does not hold it: written; its plan is tested, never run |
 | `quantize-llm-compressor` | int8 and int4 (GPTQ) on a processor; fp8, AWQ, and all of it on a GPU: not run |
 | `quantize-bitsandbytes`, `quantize-torchao` | on an H100: tests of small models; one whole run, for memory |
-| vLLM | 0.24 on an H100, 0.32 on a processor; fp8 judged there, not timed; its lock was not installed |
+| vLLM | 0.24 on an H100, 0.32 on a processor; fp8 judged there, timed by hand; its lock was not installed |
 | TensorRT-LLM | `build-tensorrt-llm` is written after its source; only run against a stand-in for it |
 | TensorRT | `build-tensorrt` and its runtime are written; TensorRT's own libraries were not there to run them |
 | TensorRT for RTX | engines are built here; none was run, for want of an RTX GPU, nor inspected, for want of a driver |
