@@ -153,6 +153,7 @@ class Target:
     driver: str = ""  # of the GPUs
     links: str = ""  # between several of them: "NVLink" or "PCIe"
     gpu_used: int = 0  # bytes of one of them that others held when it was probed, at most
+    gpu_clock: int = 0  # MHz that one of their multiprocessors reaches at most
 
     @property
     def device_type(self) -> str:

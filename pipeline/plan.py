@@ -313,7 +313,8 @@ def _what_it_has(target: Target) -> str:
     host = f"{target.cores} cores, {target.memory / 2**30:.0f} GiB"
     if target.gpus:
         taken = f" ({gib(target.gpu_used)} of it held by others)" if target.gpu_used > IDLE else ""
-        memory = f"{target.gpu_memory / 2**30:.0f} GiB{taken}, compute capability {target.arch}, driver {target.driver}"
+        clock = f", up to {target.gpu_clock} MHz" if target.gpu_clock else ""
+        memory = f"{target.gpu_memory / 2**30:.0f} GiB{taken}, compute capability {target.arch}{clock}"
         several = f"{target.gpus} of them over {target.links}, each " if target.gpus > 1 else ""
-        return f"{several}{memory}; {host} on its host"
+        return f"{several}{memory}, driver {target.driver}; {host} on its host"
     return f"{host}; {', '.join(target.features) or 'no vector extensions known'}"

@@ -107,6 +107,6 @@ def measure_peaks(cache: Path, target: Target, ask: Callable[[], Mapping[str, An
 
 
 def _file(cache: Path, target: Target) -> Path:
-    fingerprint = {**dataclasses.asdict(target), "torch": installed_version("torch")}
+    fingerprint = {**dataclasses.asdict(target), "gpu_used": 0, "torch": installed_version("torch")}
     name = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
     return cache / "peaks" / f"{name}.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,6 +86,7 @@ class Device:
     used: int  # bytes of them, by whatever process
     nvlinks: int  # that are up
     driver: str
+    clock: int  # MHz that its multiprocessors reach at most
 
 
 def devices() -> tuple[Device, ...]:
@@ -113,10 +115,13 @@ def _read(device: Any) -> Device:
         except pynvml.NVMLError:  # it has no such link
             return False
 
-    memory = pynvml.nvmlDeviceGetMemoryInfo(device)
+    memory, clock = pynvml.nvmlDeviceGetMemoryInfo(device), 0
+    with suppress(pynvml.NVMLError):  # a virtual one tells of none
+        clock = int(pynvml.nvmlDeviceGetMaxClockInfo(device, pynvml.NVML_CLOCK_SM))
     return Device(
         pynvml.nvmlDeviceGetName(device), tuple(pynvml.nvmlDeviceGetCudaComputeCapability(device)), int(memory.total),
         int(memory.used), sum(map(is_up, range(pynvml.NVML_NVLINK_MAX_LINKS))), pynvml.nvmlSystemGetDriverVersion(),
+        clock,
     )  # fmt: skip
 
 
@@ -140,6 +145,7 @@ def target_of(found: Sequence[Device]) -> Target:
         gpus=len(found),
         gpu_memory=min(each.memory for each in found),
         gpu_used=max(each.used for each in found),
+        gpu_clock=min(each.clock for each in found),
         driver=first.driver,
         links=linked if len(found) > 1 else "",
     )

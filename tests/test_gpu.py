@@ -102,6 +102,7 @@ def drive(
         "nvmlDeviceGetHandleByIndex": lambda index: index, "nvmlDeviceGetUUID": lambda index: f"GPU-{index}{index}",
         "nvmlDeviceGetCudaComputeCapability": lambda _: capability,
         "nvmlDeviceGetName": lambda index: names[index % len(names)], "nvmlDeviceGetMemoryInfo": lambda _: memory,
+        "nvmlDeviceGetMaxClockInfo": lambda *_: 1980,
         "nvmlSystemGetDriverVersion": lambda: "580.1", "nvmlDeviceGetNvLinkState": lambda _, link: int(link < links),
         "nvmlDeviceGetComputeRunningProcesses": computing,
         "nvmlDeviceGetUtilizationRates": lambda index: SimpleNamespace(gpu=10 * (index + 1), memory=0),
@@ -129,6 +130,7 @@ def test_what_a_gpu_has_is_what_its_driver_says(
     drive(monkeypatch, capability=capability)
     target = gpu.probe()
     assert (target.device, target.gpus, target.gpu_memory, target.gpu_used) == ("NVIDIA Example", 1, 24 << 30, 1 << 30)
+    assert target.gpu_clock == 1980
     assert target.arch == f"{capability[0]}.{capability[1]}" and target.device_type == "cuda"
     assert has <= set(target.dtypes) and not lacks & set(target.dtypes)
     assert cpu.probe().device_type == "cpu"

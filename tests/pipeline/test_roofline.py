@@ -56,6 +56,7 @@ def test_the_best_that_was_seen_is_remembered_for_each_host(tmp_path: Path) -> N
     found = measure_peaks(tmp_path, target, lambda: {"operations": {"float32": 4.0, "int8": 2.0}, "bandwidth": 7.0})
     assert found == known_peaks(tmp_path, target) == Peaks({"float32": 5.0, "int8": 2.0}, 7.0)
     assert known_peaks(tmp_path, other) is None
+    assert known_peaks(tmp_path, dataclasses.replace(target, gpu_used=1 << 30)) == found
     for path in (tmp_path / "peaks").iterdir():
         path.write_text("{}")
     assert known_peaks(tmp_path, target) is None
