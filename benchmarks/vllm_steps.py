@@ -13,10 +13,14 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pynvml
+
+VARIANTS = ["1b", "1b-fp8", "7b", "7b-fp8"]
 CALLS = 8
 CACHE = 4 << 30  # bytes of each engine's KV cache
 COMMON = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096}
@@ -69,24 +73,26 @@ def engine(variant: str, pipe: Connection) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "gpu-vllm-steps.json")
-    parser.add_argument("--variants", nargs="*", default=["1b", "1b-fp8", "7b", "7b-fp8"])
+    parser.add_argument("--variants", nargs="*", default=VARIANTS, choices=VARIANTS)
     arguments = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    pairs = []
-    for variant in arguments.variants:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=engine, args=(variant, theirs))
-        process.start()
-        theirs.close()  # so that it is told when the process has died
-        pairs.append((process, ours))
-    for _, pipe in pairs:
-        pipe.recv()
+    context, processes, pipes = multiprocessing.get_context("spawn"), [], []
     found: dict[str, Any] = {"command": " ".join(["python", "benchmarks/vllm_steps.py", *sys.argv[1:]]), **host()}
     found["engines"] = []
-    for process, pipe in pairs:
-        pipe.send("time")
-        found["engines"].append(pipe.recv())
-        process.kill()  # vLLM's own end may hang
+    try:
+        for variant in arguments.variants:
+            ours, theirs = context.Pipe()
+            processes.append(context.Process(target=engine, args=(variant, theirs)))
+            processes[-1].start()
+            theirs.close()  # so that it is told when the process has died
+            pipes.append(ours)
+        for pipe in pipes:
+            pipe.recv()
+        for pipe in pipes:
+            pipe.send("time")
+            found["engines"].append(pipe.recv())
+    finally:
+        for process in processes:
+            process.kill()  # vLLM's own end may hang, and one that waits would wait for ever
     arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -94,13 +100,12 @@ def host() -> dict[str, str]:
     import torch
     import vllm
 
-    if not torch.cuda.is_available():
-        return {"torch": torch.__version__, "vllm": vllm.__version__}
-    import pynvml
-
-    pynvml.nvmlInit()
-    facts = {"device": torch.cuda.get_device_name(), "driver": pynvml.nvmlSystemGetDriverVersion()}
-    return facts | {"torch": torch.__version__, "vllm": vllm.__version__}
+    versions = {"torch": torch.__version__, "vllm": vllm.__version__}
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        device = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+        return {"device": device, "driver": pynvml.nvmlSystemGetDriverVersion(), **versions}
+    return versions
 
 
 if __name__ == "__main__":

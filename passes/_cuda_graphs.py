@@ -174,12 +174,11 @@ def captured(works: Sequence[Work], pool: Any, device: Any) -> list[Work]:
         for graph, run in zip(graphs, runs, strict=True):
             with torch.cuda.graph(graph, pool=pool):
                 run()
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        first = str(error.__context__ or error).partition("\n")[0]  # what ends a capture fails then, too
-        message = (
-            f"the model does what no CUDA graph takes, such as waiting for the GPU ({first}): leave out compile-cuda"
-        )
+        cause = error.__context__ or error  # what ends a capture fails then, too
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None
+        first = str(cause).partition("\n")[0]
+        message = f"it could not be captured into a CUDA graph, which takes no waiting for the GPU, for one: {first}"
         raise ValueError(message) from error
     return [graph.replay for graph in graphs]

@@ -359,7 +359,7 @@ class Gates:
 
     max_drop: float = 0.001  # of fidelity to the float32 reference (1 - mean cosine), or of the task's metric
     min_speedup: float = 1.05  # the lower end of the speedup's interval must be above it
-    max_load: float = 0.2  # share of the host's processors that foreign work may take while it is timed
+    max_load: float = 0.2  # share of the processors, or of the GPU, that foreign work may take meanwhile
 
 
 class Objective(Word):

@@ -63,9 +63,9 @@ class GpuMeter:
         return GpuMemory(grown, by_process=False) if grown > 0 else None
 
     def others(self) -> float | None:
-        """The share of a second in which kernels ran, while those that it is the meter of are paused."""
+        """The share of a second in which others' kernels ran, if ours are paused: waits until ours are forgotten."""
         time.sleep(RESTED)
-        return computing(self._gpus)
+        return busy(self._gpus)
 
     def _memory(self) -> list[tuple[int, int]]:
         """Bytes that are used of each GPU, by whatever process, and that it has."""
@@ -86,16 +86,18 @@ class GpuMeter:
         return []
 
 
-def computing(gpus: int) -> float | None:
+def busy(gpus: int) -> float | None:
     """The share of about the last second in which somebody's kernels ran: of the busiest of the first `gpus` of those
-    that are visible. None where no driver tells.
+    that are visible. None where no driver tells, as under MIG.
     """
     import pynvml
 
+    percents = []
     with suppress(pynvml.NVMLError), visible() as devices:
-        percents = [pynvml.nvmlDeviceGetUtilizationRates(device).gpu for device in devices[:gpus]]
-        return max(percents) / 100 if percents else None
-    return None
+        for device in devices[:gpus]:
+            with suppress(pynvml.NVMLError):
+                percents.append(int(pynvml.nvmlDeviceGetUtilizationRates(device).gpu))
+    return max(percents) / 100 if percents else None
 
 
 def ran_out(text: str) -> str | None:

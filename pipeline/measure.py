@@ -109,9 +109,10 @@ def compare(
             progress(summarize(quiet, cells).overall, len(quiet), planned)
     few = len(quiet) < MIN_QUADS
     raw = quiet + disturbed if few else quiet
+    noise = meter.read(_spread(raw))
     on_gpu.append(candidate.others_on_gpu())
     gpu = max((share for share in on_gpu if share is not None), default=None)
-    noise = dataclasses.replace(meter.read(_spread(raw)), gpu=gpu)
+    noise = dataclasses.replace(noise, gpu=gpu)
     busy = few or (gpu or 0.0) > max_load
     speed = dataclasses.replace(summarize(raw, cells), noise=noise, disturbed=len(disturbed), busy=busy)
     return speed, raw

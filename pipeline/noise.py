@@ -19,7 +19,8 @@ class Noise:
     load: float  # running or waiting processes, the mean of the last minute before it
     megahertz: tuple[float, float] | None  # the processors' mean clock before and after; None where it is not told
     spread: float  # of the baseline against itself within a quad: root mean square of the log ratio
-    gpu: float | None = None  # share of the second before it, or after, in which others' kernels ran; None without GPU
+    gpu: float | None = None  # share of the second before it, or after, in which others' kernels ran; None without GPU,
+    # and where its driver does not tell
 
     def __str__(self) -> str:
         parts = [f"the baseline differs from itself by {self.spread:.1%}"]

@@ -61,6 +61,7 @@ class WorkerProcess:
             "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime reports home, and keeps a database in the user's cache
             "VLLM_NO_USAGE_STATS": "1",  # vLLM reports home too
             "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as the driver counts GPUs
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": str(self._scratch.absolute()),
             "PYTHONSAFEPATH": "1",  # the user's folder may have files with a module's name

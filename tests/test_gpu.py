@@ -152,10 +152,13 @@ def test_peaks_are_measured_without_tf32_and_leave_no_trace(monkeypatch: pytest.
     products = torch.backends.cuda.matmul
     seen = []
     monkeypatch.setattr(cpu, "reached", lambda *_: seen.append(products.fp32_precision))
-    for before in ("tf32", "none"):
-        products.fp32_precision = before
-        gpu.peaks(H100)
-        assert products.fp32_precision == before, "else torch's compile cache would not be found by who never said it"
+    try:
+        for before in ("tf32", "none"):
+            products.fp32_precision = before
+            gpu.peaks(H100)
+            assert products.fp32_precision == before, "else torch's compile cache is not found by who never said it"
+    finally:
+        products.fp32_precision = "none"
     assert seen == ["ieee", "ieee"]
 
 
@@ -401,10 +404,8 @@ def test_what_is_captured_answers_as_eager_does_at_every_shape(tiny: Path, tmp_p
 @pytest.mark.gpu
 @pytest.mark.skipif(not HERE, reason="here is no GPU")
 def test_what_waits_for_the_gpu_is_not_captured_and_that_is_said() -> None:
-    with pytest.raises(ValueError, match="no CUDA graph takes, such as waiting for the GPU"):
+    with pytest.raises(ValueError, match="could not be captured into a CUDA graph"):
         captured([lambda: print(torch.ones(1, device="cuda").item())], None, torch.device("cuda"))
-    (replay,) = captured([lambda: torch.ones(1, device="cuda").neg_()], None, torch.device("cuda"))
-    replay()
 
 
 @pytest.mark.gpu
@@ -475,28 +476,26 @@ def test_a_candidate_that_runs_out_of_gpu_memory_is_broken_and_the_others_go_on(
     assert "Traceback" not in outcome.output
 
 
-# takes 2 GiB of the GPU, and computes for the share of the time that is asked for
 LODGER = """
-import sys, time, torch
+import torch
 held = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
 factor = torch.ones(4096, 4096, device="cuda")
 print("there", flush=True)
 while True:
-    begun = time.monotonic()
-    while time.monotonic() < begun + 0.1 * float(sys.argv[1]):
-        factor @ factor
-        torch.cuda.synchronize()
-    time.sleep(max(begun + 0.1 - time.monotonic(), 0.0))
+    factor @ factor
+    torch.cuda.synchronize()
 """
 
 
 @contextmanager
-def lodger(share: float) -> Iterator[None]:
-    """Somebody else on the GPU."""
-    with subprocess.Popen([sys.executable, "-c", LODGER, str(share)], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"there\n"
-        yield
-        process.kill()
+def lodger() -> Iterator[None]:
+    """Somebody else on the GPU, who takes 2 GiB and computes all the time."""
+    with subprocess.Popen([sys.executable, "-c", LODGER], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == b"there\n"
+            yield
+        finally:
+            process.kill()
 
 
 def used() -> int:
@@ -509,7 +508,7 @@ def used() -> int:
 @pytest.mark.skipif(not HERE, reason="here is no GPU")
 def test_who_else_computes_on_the_gpu_is_told_and_nothing_is_emitted(tiny: Path, cli: Cli, tmp_path: Path) -> None:
     asked = ("--target", "gpu", "--recipe", "eager-fp16", *QUICK[:-1], "0.3", "--out", tmp_path / "emitted")
-    with lodger(1.0):
+    with lodger():
         outcome = cli(tiny, *asked)
     assert outcome.code == ExitCode.INCONCLUSIVE and not (tmp_path / "emitted").exists(), outcome.output
     assert "of it held by others" in " ".join(outcome.output.split())
@@ -528,10 +527,14 @@ def test_who_else_computes_on_the_gpu_is_told_and_nothing_is_emitted(tiny: Path,
 def test_a_run_that_is_killed_leaves_nothing_on_the_gpu(tiny: Path, shared_cache: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "optimize.pipeline.cli", tiny, "--target", "gpu", "--recipe", "graphs-fp16", *QUICK]
     words += ["--budget", "60s", "--out", tmp_path / "emitted", "--cache", shared_cache]
-    before = used()
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        wait_until(lambda: used() > before + (600 << 20), 120)  # a reference or a baseline, and a candidate
-        run.kill()
+    before, log = used(), tmp_path / "log"
+    with log.open("w") as output, subprocess.Popen(words, stdout=output, stderr=output) as run:
+        try:
+            # the baseline's context and the candidate's
+            wait_until(lambda: run.poll() is not None or used() > before + (600 << 20), 120)
+            assert run.poll() is None, log.read_text()
+        finally:
+            run.kill()
     wait_until(lambda: used() < before + (100 << 20), 10)
     assert not (tmp_path / "emitted").exists()
 
