@@ -102,7 +102,9 @@ def devices() -> tuple[Device, ...]:
             hint="use --target cpu, or see nvidia-smi",
         ) from None
     if not found:
-        raise RequestError("CUDA_VISIBLE_DEVICES leaves none of this host's GPUs", hint="unset it, or name some")
+        raise RequestError(
+            "CUDA_VISIBLE_DEVICES leaves none of this host's GPUs", hint="unset it, or name whole ones (no parts: MIG)"
+        )
     return found
 
 
