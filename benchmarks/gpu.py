@@ -86,11 +86,16 @@ def llama(folder: Path, tokenizer: Path, **sizes: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(LlamaConfig(**llama_shape(**sizes)))
+    _save(model.bfloat16(), folder, tokenizer)
+
+
+def llama_shape(**sizes: int) -> dict[str, Any]:
+    """What LlamaConfig takes: Llama 3.2 1B's, or other sizes, whose embeddings are no head."""
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
              "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096}  # fmt: skip
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(LlamaConfig(**(shape | sizes), tie_word_embeddings=not sizes, dtype="bfloat16"))
-    _save(model.bfloat16(), folder, tokenizer)
+    return shape | sizes | {"tie_word_embeddings": not sizes, "dtype": "bfloat16"}
 
 
 def smollm2(folder: Path, tokenizer: Path) -> None:

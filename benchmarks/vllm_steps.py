@@ -13,21 +13,18 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import pynvml
+from gpu import SEVEN, llama_shape
+
+from optimize.targets.gpu import devices
 
 VARIANTS = ["1b", "1b-fp8", "7b", "7b-fp8"]
 CALLS = 8
 CACHE = 4 << 30  # bytes of each engine's KV cache
-COMMON = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096}
-SHAPES: dict[str, dict[str, Any]] = {
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
-    "7b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False},
-}
+SIZES: dict[str, dict[str, int]] = {"1b": {}, "7b": SEVEN}
 CELLS = {"1b": [(1, 64, 16), (8, 64, 16), (256, 64, 16)], "7b": [(1, 128, 32), (8, 128, 32)]}  # batch, prompt, new
 
 
@@ -43,8 +40,7 @@ def engine(variant: str, pipe: Connection) -> None:
     size, _, quantization = variant.partition("-")
     start, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
-        config = LlamaConfig(**COMMON, **SHAPES[size], dtype="bfloat16", architectures=["LlamaForCausalLM"])
-        config.save_pretrained(folder)
+        LlamaConfig(**llama_shape(**SIZES[size]), architectures=["LlamaForCausalLM"]).save_pretrained(folder)
         llm = LLM(
             model=folder, load_format="dummy", skip_tokenizer_init=True, enable_prefix_caching=False, max_model_len=512,
             disable_log_stats=True, max_num_seqs=256, kv_cache_memory_bytes=CACHE, gpu_memory_utilization=0.4,
@@ -100,12 +96,8 @@ def host() -> dict[str, str]:
     import torch
     import vllm
 
-    versions = {"torch": torch.__version__, "vllm": vllm.__version__}
-    with suppress(pynvml.NVMLError):
-        pynvml.nvmlInit()
-        device = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
-        return {"device": device, "driver": pynvml.nvmlSystemGetDriverVersion(), **versions}
-    return versions
+    gpu = devices()[0]
+    return {"device": gpu.name, "driver": gpu.driver, "torch": torch.__version__, "vllm": vllm.__version__}
 
 
 if __name__ == "__main__":

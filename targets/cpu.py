@@ -157,15 +157,15 @@ def reached(
 
     operations = {}
     for dtype in dtypes:
-        left, right = torch.rand((2, rows, rows), device=device).to(getattr(torch, dtype))
         if dtype == "int8":
             left, right = torch.randint(-100, 100, (2, rows, rows), dtype=torch.int8, device=device)
             product = partial(torch._int_mm, left, right.t())  # as layers store weights: GPUs are slow with others
-        elif dtype == "float8_e4m3fn":
+        else:
+            left, right = torch.rand((2, rows, rows), device=device).to(getattr(torch, dtype))
+            product = partial(torch.matmul, left, right)
+        if dtype == "float8_e4m3fn":
             one = torch.ones((), device=device)
             product = partial(torch._scaled_mm, left, right.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
-        else:
-            product = partial(torch.matmul, left, right)
         with suppress(RuntimeError):  # a library has no such product here
             operations[dtype] = 2 * rows**3 / fastest(product)
     read = torch.ones(size // 4, device=device)
