@@ -7,6 +7,7 @@ Source: https://docs.pytorch.org/docs/stable/notes/cuda.html (CUDA graphs)
 
 from __future__ import annotations
 
+import copyreg
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -71,17 +72,30 @@ def prepared(path: Path, settings: Mapping[str, Any], model: Any, inputs: dict[s
 
 @contextmanager
 def compiling(path: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """In which what `prepared` gave is called first. What torch does not find in the folder's cache is said."""
+    """In which what `prepared` gave is called first. What torch does not find in the folder's cache is said.
+
+    Its keys are hashes of pickles, and those name the first module in which a memory format is found: whatever was
+    imported first. So they are pickled by their own names, as torch has it for layouts.
+    """
+    import torch
     from torch._dynamo import config as dynamo
     from torch._dynamo.utils import counters
     from torch._inductor import config as inductor
 
+    copyreg.pickle(torch.memory_format, lambda each: (memory_format, (str(each),)))
     before = _compiled(counters)
     with dynamo.patch(recompile_limit=64), inductor.patch(max_autotune=settings["autotune"]):
         yield
     again = _compiled(counters) - before
     if again and (path / CACHE).is_file():
         logger.warning("%s: %d graphs are compiled again: they are not in its compile cache", path, again)
+
+
+def memory_format(name: str) -> Any:
+    """Torch's of that name, as in "torch.contiguous_format"."""
+    import torch
+
+    return getattr(torch, name.removeprefix("torch."))
 
 
 def _compiled(counters: Mapping[str, Mapping[str, int]]) -> int:

@@ -29,7 +29,7 @@ class QuantizeBitsandbytes(Pass):
     name: ClassVar = "quantize-bitsandbytes"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.CHECKPOINT
-    version: ClassVar = 1
+    version: ClassVar = 2
     tools: ClassVar = ("bitsandbytes", "accelerate", "torch", "transformers", "safetensors")
     target_facts: ClassVar = ("device",)  # it quantizes with kernels of its own there
 
@@ -79,7 +79,9 @@ class QuantizeBitsandbytes(Pass):
         )  # fmt: skip
         model = load_model(source.path, context.task, device=context.target.device_type, quantization=config)
         modules = dict(model.named_modules())
-        eligible = linear.keys() & modules.keys()  # a pooler that was never trained is not there
+        eligible = linear.keys() & modules.keys()
+        # a pooler that was never trained is not there; whoever loads what is saved makes one, which can be no integers
+        model.config.quantization_config.llm_int8_skip_modules = [*left, *sorted(linear.keys() - eligible)]
         found = sum(type(each).__module__.startswith("bitsandbytes") for each in modules.values())
         if found != len(eligible - {*left}):
             raise ValueError(f"transformers had {found} layers quantized, not {len(eligible - {*left})}")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from optimize.models.checkpoint import resolve
 from optimize.models.loading import quantized_by
+from optimize.models import loading
 from optimize.models.weights import SINGLE
 from optimize.passes.cast_dtype import CastDtype
 from optimize.passes.quantize_bitsandbytes import QuantizeBitsandbytes
@@ -106,6 +107,8 @@ def test_a_pooler_that_was_never_trained_is_not_missed(make_checkpoint: MakeChec
     save_file(trained, source / SINGLE, metadata={"format": "pt"})
     facts = run(QuantizeBitsandbytes(), source, tmp_path / "out", "feature-extraction")
     assert (facts["quantized"], facts["eligible"], facts["left"]) == (12, 12, [])
+    model = loading.load_model(tmp_path / "out", "feature-extraction")
+    assert sum(type(each).__module__.startswith("bitsandbytes") for each in model.modules()) == 12
 
 
 def test_layers_that_are_stored_transposed_are_quantized(make_language_model: MakeCheckpoint, tmp_path: Path) -> None:
