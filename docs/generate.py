@@ -35,8 +35,8 @@ What has no line above is not in this version. What is, but was never run, or on
 
 | what | state |
 |---|---|
-| target `gpu` | on an H100 (torch 2.11) one GPU's tests passed, but a kill's (cut off) and a capture's (later) |
-| `compile-cuda` | on an H100: text whole; language, speech, images by tests and by hand; its cache was missed |
+| target `gpu` | on an H100 (torch 2.11); its tests of a kill (cut off) and a whole run (mended since) did not pass |
+| `compile-cuda` | on an H100: text and images whole; language and speech judged and timed, cut off before emission |
 | target `multi-gpu` | written; run with two processes of vLLM on a processor alone (tensor parallel, and two copies) |
 | `shard-tensors` | run with two processes on a processor (gloo; transformers 5.17 and 5.23); on GPUs (NCCL): not run |
 | the eager model over several GPUs | where one does not hold it: written; its plan is tested, never run |
@@ -50,8 +50,8 @@ What has no line above is not in this version. What is, but was never run, or on
 | workers on Python 3.10 | types are checked as 3.10 has them; run on 3.11 and 3.12 alone |
 | OpenVINO Model Server | not run here: a language model in OpenVINO is run by openvino-genai |
 | Ollama | written after its documentation and source of August 2026; only run against a stand-in, never a real Ollama |
-| image classifiers | on a processor: ViT, ResNet and ConvNeXT; on an H100 tests alone; not in a toolchain |
-| speech models | Whisper, on a processor, and on an H100 up to timing; not in a toolchain; no timestamps |
+| image classifiers | on a processor: ViT, ResNet and ConvNeXT; on an H100 ViT, before masks were spared |
+| speech models | Whisper, on a processor, and on an H100 up to emission; not in a toolchain; no timestamps |
 | other encoder-decoders, CTC | not in this version: no task for them |
 | huggingface.co itself | hub ids are tested against a local server that answers the hub's API only |
 | Xet transfers | left to huggingface_hub; the local server does not offer them |

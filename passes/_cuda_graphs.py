@@ -21,6 +21,8 @@ from optimize.models.encoding import BATCH_SIZES, LONGEST
 from optimize.models.loading import sample_inputs
 from optimize.passes._fused_gelu import fuse_gelu
 from optimize.passes._joint_linears import join_linears
+from optimize.passes._patch_products import patches_as_products
+from optimize.passes._spared_masks import spare_masks
 from optimize.pipeline.contract import Array, Batch, Cell
 
 logger = logging.getLogger(__name__)
@@ -57,11 +59,14 @@ def widened(batch: Batch, shape: Shape, fill: int) -> dict[str, Array]:
 
 
 def prepared(path: Path, settings: Mapping[str, Any], model: Any, inputs: dict[str, Any]) -> Any:
-    """What computes as a folder's settings have it: the model, its linear layers joined as they are called on `inputs`,
-    or what inductor makes of it; what it made before lies in the folder's cache.
+    """What computes as a folder's settings have it: the model, rewritten as it is called on `inputs` (patches, masks and
+    linear layers), or what inductor makes of it; what it made before lies in the folder's cache.
     """
     import torch
 
+    patches_as_products(model)
+    if "attention_mask" not in inputs:
+        spare_masks(model)
     join_linears(model, inputs)
     if not settings["compile"]:
         return model

@@ -30,7 +30,7 @@ class CompileCuda(Pass):
     name: ClassVar = "compile-cuda"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.CUDA_GRAPHS
-    version: ClassVar = 6
+    version: ClassVar = 7
     tools: ClassVar = ("torch", "transformers")
     target_facts: ClassVar = ("device", "arch", "driver")
 

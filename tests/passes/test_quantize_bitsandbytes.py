@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimize.models.checkpoint import resolve
-from optimize.models.loading import quantized_by
-from optimize.models import loading
+from optimize.models.loading import load_model, quantized_by
 from optimize.models.weights import SINGLE
 from optimize.passes.cast_dtype import CastDtype
 from optimize.passes.quantize_bitsandbytes import QuantizeBitsandbytes
@@ -107,7 +106,7 @@ def test_a_pooler_that_was_never_trained_is_not_missed(make_checkpoint: MakeChec
     save_file(trained, source / SINGLE, metadata={"format": "pt"})
     facts = run(QuantizeBitsandbytes(), source, tmp_path / "out", "feature-extraction")
     assert (facts["quantized"], facts["eligible"], facts["left"]) == (12, 12, [])
-    model = loading.load_model(tmp_path / "out", "feature-extraction")
+    model = load_model(tmp_path / "out", "feature-extraction")
     assert sum(type(each).__module__.startswith("bitsandbytes") for each in model.modules()) == 12
 
 
