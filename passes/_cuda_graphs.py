@@ -59,7 +59,7 @@ def widened(batch: Batch, shape: Shape, fill: int) -> dict[str, Array]:
 
 
 def prepared(path: Path, settings: Mapping[str, Any], model: Any, inputs: dict[str, Any]) -> Any:
-    """What computes as a folder's settings have it: the model, rewritten as it is called on `inputs` (patches, masks and
+    """What computes as a folder's settings have it: the model, rewritten as it is called on `inputs` (patches, masks,
     linear layers), or what inductor makes of it; what it made before lies in the folder's cache.
     """
     import torch
