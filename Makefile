@@ -25,7 +25,7 @@ out/smollm2/config.json: $(INSTALLED)
 	$(BIN)/python benchmarks/smollm2.py out/smollm2
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30 $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

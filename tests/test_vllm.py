@@ -40,8 +40,8 @@ def environment(folder: Path, *install: str) -> Path:
     venv.create(folder, with_pip=False)
     site = folder / "lib" / "python3.11" / "site-packages"
     (site / "tests.pth").write_text(sysconfig.get_path("purelib"))
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), *install]
-    subprocess.run(command, check=True)
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", str(site)]
+    subprocess.run([*command, *install], check=True)
     return folder / "bin" / "python"
 
 
