@@ -87,10 +87,13 @@ def compiling(path: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     from torch._dynamo.utils import counters
     from torch._inductor import config as inductor
 
-    copyreg.pickle(torch.memory_format, lambda each: (memory_format, (str(each),)))
     before = _compiled(counters)
-    with dynamo.patch(recompile_limit=64), inductor.patch(max_autotune=settings["autotune"]):
-        yield
+    copyreg.pickle(torch.memory_format, lambda each: (memory_format, (str(each),)))
+    try:
+        with dynamo.patch(recompile_limit=64), inductor.patch(max_autotune=settings["autotune"]):
+            yield
+    finally:
+        del copyreg.dispatch_table[torch.memory_format]
     again = _compiled(counters) - before
     if again and (path / CACHE).is_file():
         logger.warning("%s: %d graphs are compiled again: they are not in its compile cache", path, again)
