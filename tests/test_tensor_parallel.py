@@ -25,6 +25,7 @@ from optimize.pipeline.workers import WorkerProcess
 from optimize.targets import cpu, multi_gpu
 from optimize.targets.runtimes import open_session
 from optimize.targets.runtimes.generating import generate
+from optimize.targets.runtimes.ranks import who_died
 from tests.conftest import QUICK_TEXT, Cli, MakeCheckpoint
 
 TASK = "text-generation"
@@ -102,6 +103,12 @@ def test_ranks_pause_with_their_worker_and_one_that_dies_is_named(sharded: Path,
         with pytest.raises(WorkerError, match=named):
             worker.ask("time", limit=60, cell=0, seconds=0.0, least=1)
         assert started_by(worker.pid) == [] and worker.alive
+
+
+def test_the_rank_that_was_killed_is_named_and_not_those_that_failed_after_it() -> None:
+    assert who_died({0: 1, 1: -9}, closed=1) == who_died({0: 1, 1: -9}, closed=0) == who_died({1: -9}, None) == 1
+    assert who_died({0: 1, 1: 3}, closed=1) == 1
+    assert who_died({0: 1}, closed=None) is who_died({0: 1}, closed=1) is None
 
 
 def test_ranks_die_with_their_worker(sharded: Path, tmp_path: Path) -> None:

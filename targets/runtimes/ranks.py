@@ -116,10 +116,10 @@ class Ranks:
         if found is not None and "error" not in found:
             return found["answer"]
         time.sleep(GRACE)
-        for each, process in enumerate(self._processes):
-            code = process.poll()
-            if code is not None and (found is None or code < 0):
-                raise RuntimeError(f"{self._name(each)} {_how_it_ended(code)} during {doing}")
+        ended = {each: code for each, process in enumerate(self._processes) if (code := process.poll()) is not None}
+        died = who_died(ended, rank if found is None else None)
+        if died is not None:
+            raise RuntimeError(f"{self._name(died)} {_how_it_ended(ended[died])} during {doing}")
         error = found["error"] if found else None
         if isinstance(error, OptimizeError):
             raise error
@@ -150,6 +150,13 @@ class Ranks:
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} of {len(self._processes)} (process {self._processes[rank].pid})"
+
+
+def who_died(ended: dict[int, int], closed: int | None) -> int | None:
+    """The rank whose death explains a failure: one that was killed, since others fail after it; else the one that
+    closed its pipe without a word. `ended` has the exit codes of those that have ended, as subprocess gives them.
+    """
+    return next((rank for rank, code in ended.items() if code < 0), closed if closed in ended else None)
 
 
 def _place(frame: tuple[str, str, str]) -> str:
