@@ -105,7 +105,7 @@ def support_page() -> str:
     for name, module in modules:
         for what, texts, later in (
             ("", module.RECIPES, module.BY_NAME),
-            (", language models", module.GENERATING, module.BY_NAME),
+            (", language models", module.GENERATING, getattr(module, "GENERATING_BY_NAME", module.BY_NAME)),
             (", speech models", getattr(module, "TRANSCRIBING", {}), frozenset()),
         ):
             if texts:

@@ -16,7 +16,7 @@ from typing import Any
 
 from optimize.models.checkpoint import max_length, read_config
 from optimize.models.speech import NEVER, WRITTEN, Decoding, read_decoding
-from optimize.passes._cuda_graphs import Shape, captured, compiling, fitting, prepared, read_settings
+from optimize.passes._cuda_graphs import Shape, captured, fitting, prepared, read_settings
 from optimize.pipeline.contract import Cell
 
 GROUPED = "grouped"  # the name of our attention for transformers
@@ -133,13 +133,13 @@ class LanguageSteps(CapturedSteps):
         mask = (self._seen[:, None] & earlier) | own  # padding sees itself: of nothing at all there is no average
         self._positions.copy_(self._mask.sum(dim=1, keepdim=True))
         return self._call(
-            self._ids, attention_mask=mask[:, None], past_key_values=self._cache, use_cache=True, logits_to_keep=1,
-            position_ids=(self._mask.cumsum(dim=1) - 1).clamp(min=0),
+            input_ids=self._ids, attention_mask=mask[:, None], past_key_values=self._cache, use_cache=True,
+            logits_to_keep=1, position_ids=(self._mask.cumsum(dim=1) - 1).clamp(min=0),
         ).logits[:, -1]  # fmt: skip
 
     def append(self, mask: Any) -> Any:
         outputs = self._call(
-            self.tokens, attention_mask=mask, past_key_values=self._cache, position_ids=self._positions,
+            input_ids=self.tokens, attention_mask=mask, past_key_values=self._cache, position_ids=self._positions,
             use_cache=True, logits_to_keep=1,
         )  # fmt: skip
         self._positions.add_(1)
@@ -188,6 +188,7 @@ class SpeechSteps(CapturedSteps):
         return outputs.logits[:, -1].index_fill(-1, self._never_first, float(NEVER))
 
     def append(self, mask: Any) -> Any:
+        self._cache.is_updated = dict.fromkeys(self._cache.is_updated, True)
         outputs = self._call(
             encoder_outputs=(self._encoded,), decoder_input_ids=self.tokens, decoder_attention_mask=mask,
             past_key_values=self._cache, use_cache=True, decoder_position_ids=self._slot[None].expand(self.batch, -1),
@@ -208,13 +209,12 @@ class CapturedGeneration:
         if hasattr(model, "get_encoder") and model.config.is_encoder_decoder:
             steps = partial(SpeechSteps, decoding=read_decoding(path))
             inputs = {"decoder_input_ids": inputs["input_ids"], "input_features": _silence(model, 1)}
-        call = prepared(path, settings, model, inputs)
+        self.call = prepared(path, settings, model, inputs)
         pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._steps: dict[Shape, CapturedSteps] = {}
-        with compiling(path, settings):
-            for shape in map(tuple, settings["shapes"]):
-                self._steps[shape] = steps(model, call, shape)
-                self._steps[shape].capture(pool)
+        for shape in map(tuple, settings["shapes"]):
+            self._steps[shape] = steps(model, self.call, shape)
+            self._steps[shape].capture(pool)
 
     def fitting(self, batch: int, prompt: int, new: int) -> CapturedSteps | None:
         """Those of the smallest shape that takes so many, or None."""

@@ -7,11 +7,8 @@ Source: https://docs.pytorch.org/docs/stable/notes/cuda.html (CUDA graphs)
 
 from __future__ import annotations
 
-import copyreg
 import json
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +16,13 @@ import numpy as np
 
 from optimize.models.encoding import BATCH_SIZES, LONGEST
 from optimize.models.loading import sample_inputs
-from optimize.passes._fused_gelu import fuse_gelu
+from optimize.passes._compiled_calls import CompiledCalls
 from optimize.passes._joint_linears import join_linears
 from optimize.passes._patch_products import patches_as_products
 from optimize.passes._spared_masks import spare_masks
 from optimize.pipeline.contract import Array, Batch, Cell
 
-logger = logging.getLogger(__name__)
-GRAPHS, CACHE = "graphs.json", "compile.cache"
+GRAPHS, COMPILED = "graphs.json", "compiled"
 WARM = 3  # calls before capture, which set up what a capture may not
 Shape = tuple[int, ...]
 Work = Callable[[], None]
@@ -60,55 +56,13 @@ def widened(batch: Batch, shape: Shape, fill: int) -> dict[str, Array]:
 
 def prepared(path: Path, settings: Mapping[str, Any], model: Any, inputs: dict[str, Any]) -> Any:
     """What computes as a folder's settings have it: the model, rewritten as it is called on `inputs` (patches, masks,
-    linear layers), or what inductor makes of it; what it made before lies in the folder's cache.
+    linear layers), or what inductor makes of it, and has made of it in that folder.
     """
-    import torch
-
     patches_as_products(model)
     if "attention_mask" not in inputs:
         spare_masks(model)
     join_linears(model, inputs)
-    if not settings["compile"]:
-        return model
-    if (path / CACHE).is_file():
-        torch.compiler.load_cache_artifacts((path / CACHE).read_bytes())
-    return torch.compile(model, backend=fuse_gelu, dynamic=False, fullgraph=True)
-
-
-@contextmanager
-def compiling(path: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """In which what `prepared` gave is called first. What torch does not find in the folder's cache is said.
-
-    Its keys are hashes of pickles, and those name the first module in which a memory format is found: whatever was
-    imported first. So they are pickled by their own names, as torch has it for layouts.
-    """
-    import torch
-    from torch._dynamo import config as dynamo
-    from torch._dynamo.utils import counters
-    from torch._inductor import config as inductor
-
-    before = _compiled(counters)
-    copyreg.pickle(torch.memory_format, lambda each: (memory_format, (str(each),)))
-    try:
-        with dynamo.patch(recompile_limit=64), inductor.patch(max_autotune=settings["autotune"]):
-            yield
-    finally:
-        del copyreg.dispatch_table[torch.memory_format]
-    again = _compiled(counters) - before
-    if again and (path / CACHE).is_file():
-        logger.warning("%s: %d graphs are compiled again: they are not in its compile cache", path, again)
-
-
-def memory_format(name: str) -> Any:
-    """Torch's of that name, as in "torch.contiguous_format"."""
-    import torch
-
-    return getattr(torch, name.removeprefix("torch."))
-
-
-def _compiled(counters: Mapping[str, Mapping[str, int]]) -> int:
-    """Graphs that inductor did not find in its cache, so far."""
-    return counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"]
+    return CompiledCalls(model, path / COMPILED, autotune=settings["autotune"]) if settings["compile"] else model
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -125,9 +79,8 @@ class Captured:
         self.fill: int = settings["fill"]
         self.model = model
         self._sample = sample_inputs(path, task, str(model.dtype).removeprefix("torch."))
-        call = prepared(path, settings, model, self._buffers((1,) * len(settings["shapes"][0])))
-        with compiling(path, settings):
-            self._graphs = {tuple(shape): self._capture(call, tuple(shape)) for shape in settings["shapes"]}
+        self.call = prepared(path, settings, model, self._buffers((1,) * len(settings["shapes"][0])))
+        self._graphs = {tuple(shape): self._capture(tuple(shape)) for shape in settings["shapes"]}
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -152,13 +105,13 @@ class Captured:
             for name, value in self._sample.items()
         }
 
-    def _capture(self, call: Any, shape: Shape) -> tuple[Work, dict[str, Any], dict[str, Any]]:
+    def _capture(self, shape: Shape) -> tuple[Work, dict[str, Any], dict[str, Any]]:
         import torch
 
         buffers, outputs = self._buffers(shape), dict[str, Any]()
 
         def compute() -> None:
-            found = call(**buffers)
+            found = self.call(**buffers)
             outputs.update({name: value for name, value in found.items() if isinstance(value, torch.Tensor)})
 
         (replay,) = captured([compute], None, self.model.device)

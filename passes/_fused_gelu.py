@@ -9,14 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 
-def fuse_gelu(graph_module: Any, inputs: Any) -> Any:
-    """A backend of torch.compile: inductor's, on a graph whose linear layers before a GELU are fused with it."""
-    from torch._inductor.compile_fx import compile_fx
-
-    fuse(graph_module)
-    return compile_fx(graph_module, inputs)
-
-
 def fuse(graph_module: Any) -> int:
     """Fuse in a graph as dynamo gives it, whose values have their shapes and dtypes. Returns how many were."""
     import torch
@@ -31,7 +23,7 @@ def fuse(graph_module: Any) -> int:
         source, weight, bias = linear.args
         shape = linear.meta["example_value"].shape
         with graph.inserting_before(gelu):
-            rows = graph.call_function(torch.flatten, (source, 0, -2))  # methods would keep it out of torch's cache
+            rows = graph.call_function(torch.flatten, (source, 0, -2))
             columns = graph.call_function(torch.t, (weight,))
             product = graph.call_function(torch._addmm_activation, (bias, rows, columns), {"use_gelu": True})
             found = graph.call_function(torch.reshape, (product, tuple(shape)))

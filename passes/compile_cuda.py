@@ -1,4 +1,4 @@
-"""compile-cuda: shapes at which a model is compiled and captured into CUDA graphs, with a warm compile cache."""
+"""compile-cuda: shapes at which a model is compiled and captured into CUDA graphs, with what was compiled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from optimize.models.checkpoint import compiles_whole, max_length, read_config
 from optimize.models.loading import load_model
 from optimize.models.tasks import TASKS
 from optimize.passes._captured_generation import CapturedGeneration, language_shapes, speech_shapes
-from optimize.passes._cuda_graphs import CACHE, GRAPHS, Captured, Shape, read_settings, shapes_of
+from optimize.passes._cuda_graphs import COMPILED, GRAPHS, Captured, Shape, read_settings, shapes_of
 from optimize.passes._links import link_checkpoint
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
@@ -30,7 +30,7 @@ class CompileCuda(Pass):
     name: ClassVar = "compile-cuda"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.CUDA_GRAPHS
-    version: ClassVar = 7
+    version: ClassVar = 8
     tools: ClassVar = ("torch", "transformers")
     target_facts: ClassVar = ("device", "arch", "driver")
 
@@ -52,8 +52,6 @@ class CompileCuda(Pass):
         return 12 * FRAMEWORKS + 2 * checkpoint.weight_bytes  # compilers, and CUDA's libraries
 
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
-        import torch
-
         link_checkpoint(source, out)
         config = read_config(source.path)
         shapes = _shapes(source.path, config, context)
@@ -64,15 +62,15 @@ class CompileCuda(Pass):
         (out / GRAPHS).write_text(json.dumps(settings))
         begun = time.perf_counter()
         model = load_model(source.path, context.task, device="cuda")
+        captured: CapturedGeneration | Captured
         if TASKS[context.task].generates:
-            CapturedGeneration(out, model)
+            captured = CapturedGeneration(out, model)
         else:
-            Captured(out, model, context.task)
+            captured = Captured(out, model, context.task)
         seconds = time.perf_counter() - begun
-        saved = torch.compiler.save_cache_artifacts() if self.compile else None
-        if saved is not None:
-            (out / CACHE).write_bytes(saved[0])
-        return {"shapes": shapes, "capture_seconds": round(seconds, 1), "cache_bytes": len(saved[0]) if saved else 0}
+        if self.compile:
+            captured.call.save(out / COMPILED)
+        return {"shapes": shapes, "capture_seconds": round(seconds, 1)}
 
     def ensures(self, out: Path) -> None:
         if not read_settings(out)["shapes"]:

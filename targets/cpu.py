@@ -86,12 +86,15 @@ TRANSCRIBING = {  # for speech models
     "openvino-bf16": "convert-openvino,hint-openvino",
     "openvino-int8-weights": "convert-openvino,quantize-openvino{mode=weights}",
 }
-# tried only by name: benchmarks/README.md shows what beats each of them everywhere, or that it is too inaccurate; of
-# each toolchain one recipe is tried wherever that is installed
+# tried only by name, of encoders and of language models: benchmarks/README.md shows what beats each of them everywhere,
+# or that it is too inaccurate; of each toolchain one recipe is tried wherever that is installed
 BY_NAME = frozenset({
+    "torchscript", "ipex-int8-weights", "optimum-onnx", "optimum-onnx-int8", "optimum-intel", "optimum-intel-int8",
+})  # fmt: skip
+GENERATING_BY_NAME = frozenset({
     "eager-bf16", "openvino", "openvino-bf16", "openvino-int4-bf16", "gguf-bf16", "gguf-q4_0", "genai", "compiled",
     "torchao-int8", "torchao-int4", "torchao-int8-compiled", "torchao-int8-weights-compiled", "torchao-int4-compiled",
-    "torchscript", "ipex-int8-weights", "optimum-onnx", "optimum-onnx-int8", "optimum-intel", "optimum-intel-int8",
+    "optimum-intel-int8",
 })  # fmt: skip
 # recipe -> the one that must have proved inaccurate before this one, which keeps more in floating point, is built
 RECOVERIES = {
@@ -130,7 +133,8 @@ def recipes(checkpoint: Checkpoint, target: Target) -> tuple[Recipe, ...]:
     if form is Form.CLIPS:
         return tuple(parse(text, name) for name, text in TRANSCRIBING.items())
     if form is Form.PROMPTS:
-        return tuple(replace(parse(text, name), default=name not in BY_NAME) for name, text in GENERATING.items())
+        later = GENERATING_BY_NAME
+        return tuple(replace(parse(text, name), default=name not in later) for name, text in GENERATING.items())
     found = (replace(parse(text, name), default=name not in BY_NAME) for name, text in RECIPES.items())
     return tuple(replace(each, after=RECOVERIES.get(each.name, "")) for each in found)
 

@@ -173,7 +173,7 @@ def peaks(target: Target) -> dict[str, Any]:
     try:
         return cpu.reached(target.dtypes, PRODUCT, READ, "cuda", _fastest)
     finally:
-        products.fp32_precision = before  # torch's compile cache knows what is off from what was never spoken of
+        products.fp32_precision = before  # nothing is left changed for whoever computes next
 
 
 def _fastest(call: Callable[[], Any]) -> float:

@@ -1,9 +1,7 @@
 """Generation over captured shapes: on a processor the same work uncaptured, with `-m gpu` the graphs."""
 
 import json
-import pickle
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch._inductor.utils import fresh_cache
 
 from optimize.models.loading import load_model
 from optimize.models.speech import encode_all
 from optimize.models.tasks import Examples
 from optimize.passes._captured_generation import GROUPED, language_shapes, speech_shapes
-from optimize.passes._cuda_graphs import CACHE, GRAPHS, compiling
+from optimize.passes._cuda_graphs import COMPILED, GRAPHS
 from optimize.pipeline.batches import SOUND
 from optimize.pipeline.contract import Array, Cell
 from optimize.targets.runtimes import eager
@@ -126,28 +123,21 @@ def test_compiled_steps_write_the_same(
     np.testing.assert_array_equal(captured.generate(given, shapes[0][2]).tokens, expected.tokens)
 
 
-def test_what_was_compiled_is_found_again_where_it_is_opened(
-    make_language_model: MakeCheckpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    out = tmp_path / "a"
-    given, new = [TOKENS[:8], TOKENS[8:13]], 5
-    shutil.copytree(make_language_model(num_hidden_layers=1), out)
-    (out / GRAPHS).write_text(json.dumps({"shapes": [(2, 8, new)], "compile": True, "autotune": False, "fill": 0}))
-    expected = eager.open_session(out, TEXT, 2).generate(given, new)
-    for state in ("saved", "hit"):
-        first = pickle.whichmodule(torch.contiguous_format, "torch.contiguous_format")
-        sys.modules[first] = sys.modules.pop(first)  # as if it were imported last: keys named it
-        torch._dynamo.reset()
-        counters.clear()
-        with fresh_cache():
-            found = open_generation(out, load_model(out, TEXT)).generate(given, new)
-            if state == "saved":
-                kept = torch.compiler.save_cache_artifacts()
-                assert kept is not None
-                (out / CACHE).write_bytes(kept[0])
-        np.testing.assert_array_equal(found.tokens, expected.tokens)
-        assert counters["aot_autograd"][f"autograd_cache_{state}"] == counters["aot_autograd"]["total"] == 2
-    assert "compiled again" not in caplog.text
-    with compiling(out, {"autotune": False}):
-        counters["inductor"]["fxgraph_cache_miss"] += 3
-    assert "3 graphs are compiled again" in caplog.text
+@pytest.mark.parametrize("task", [TEXT, SPEECH])
+def test_what_was_compiled_is_opened_without_a_trace(
+    make_language_model: MakeCheckpoint, make_speech_model: MakeCheckpoint, tmp_path: Path, task: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    speech = task == SPEECH
+    folder = make_speech_model() if speech else make_language_model(num_hidden_layers=1, dtype="bfloat16")
+    shapes = [(1, 2, 4)] if speech else [(1, 8, 5), (2, 8, 5)]
+    given = [np.zeros((16, 600), np.float32)] if speech else [TOKENS[:8], TOKENS[8:13]]
+    _, built = opened(folder, tmp_path / "a", task, shapes, "cpu", compiled=True)
+    expected = built.generate(given, 4)
+    built._captured.call.save(tmp_path / "a" / COMPILED)
+    torch._dynamo.reset()
+    counters.clear()
+    found = open_generation(tmp_path / "a", load_model(tmp_path / "a", task))
+    np.testing.assert_array_equal(found.generate(given, 4).tokens, expected.tokens)
+    np.testing.assert_array_equal(found.prefill(given, 4), built.prefill(given, 4))
+    assert not counters["stats"]["unique_graphs"] and "compiled again" not in caplog.text

@@ -156,7 +156,7 @@ def test_peaks_are_measured_without_tf32_and_leave_no_trace(monkeypatch: pytest.
         for before in ("tf32", "none"):
             products.fp32_precision = before
             gpu.peaks(H100)
-            assert products.fp32_precision == before, "else torch's compile cache is not found by who never said it"
+            assert products.fp32_precision == before
     finally:
         products.fp32_precision = "none"
     assert seen == ["ieee", "ieee"]
