@@ -22,8 +22,9 @@ from optimize.passes.convert_openvino import EXACT_CACHE, IR, carry_along, graph
 from optimize.pipeline.batches import Encoded, load_batches
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass, Target
 from optimize.pipeline.errors import RequestError
-from optimize.pipeline.memory import FRAMEWORKS
+from optimize.pipeline.memory import FRAMEWORKS, MIB
 
+NNCF = 500 * MIB  # what it imports, and holds of a small model
 # how much of an outlying activation channel moves into the weights: NNCF's own 0.95 leaves them too coarse
 SMOOTHING = 0.85
 PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
@@ -79,7 +80,7 @@ class QuantizeOpenvino(Pass):
         # what is read is mapped, and compiled for the calibration; what is written is whole in memory
         speech = TASKS[checkpoint.task].form is Form.CLIPS  # two models, one after the other
         copies = {"weights": 3.6 if self.smooth or speech else 1.5, "int4": 3.0, "static": 4.0}[self.mode]
-        return FRAMEWORKS + int(copies * 4 * checkpoint.parameters)
+        return FRAMEWORKS + NNCF + int(copies * 4 * checkpoint.parameters)
 
     def weight_bytes(self, checkpoint: Checkpoint) -> int:
         sizes = checkpoint.dimensions

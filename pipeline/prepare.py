@@ -10,6 +10,7 @@ from typing import Any
 from optimize.pipeline.build import Builder
 from optimize.pipeline.contract import Checkpoint, Labelling, Meaning
 from optimize.pipeline.errors import CheckpointError, OptimizeError, RequestError, WorkerError
+from optimize.pipeline.noise import NOTABLE, NoiseMeter
 from optimize.pipeline.plan import Plan
 from optimize.pipeline.roofline import Peaks, known_peaks, measure_peaks
 from optimize.pipeline.workers import STEP_LIMIT
@@ -91,16 +92,29 @@ def _on_disk(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Mapping[st
 
 
 def find_peaks(builder: Builder) -> Peaks | None:
-    """The host's peaks, measured once for each host. A run goes on without them."""
+    """The host's peaks, measured once for each host, while that is quiet. A run goes on without them."""
     cache, target, progress = builder.folder.parents[1], builder.target, builder.progress
     if (known := known_peaks(cache, target)) is not None:
         return known
     progress.doing("prepare", "measuring what this host reaches at most")
     worker = builder.worker()
+    meter = NoiseMeter(worker.pid)
+
+    def disturbed() -> bool:
+        others = sum(meter.shares())
+        if others > NOTABLE and not target.gpus:
+            progress.note(
+                f"other processes took {others:.0%} of the processors while that was measured: limits may come out "
+                "above 100%, and the next run measures again"
+            )
+            return True
+        return False
+
     try:
         return measure_peaks(
             cache, target,
             lambda: worker.ask("peaks", limit=STEP_LIMIT, progress=progress.tick, target=asdict(target)),
+            disturbed=disturbed,
         )  # fmt: skip
     except WorkerError as error:
         builder.end()

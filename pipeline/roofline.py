@@ -92,12 +92,19 @@ def known_peaks(cache: Path, target: Target) -> Peaks | None:
         return None
 
 
-def measure_peaks(cache: Path, target: Target, ask: Callable[[], Mapping[str, Any]]) -> Peaks:
-    """Measure with `ask` (a worker's operation `peaks`), and remember the best that was ever seen on this host."""
+def measure_peaks(
+    cache: Path, target: Target, ask: Callable[[], Mapping[str, Any]], *, disturbed: Callable[[], bool] = lambda: False
+) -> Peaks:
+    """Measure with `ask` (a worker's operation `peaks`), and remember the best that was ever seen on this host.
+
+    Where `disturbed` says afterwards that the host was busy, nothing is remembered: see known_peaks.
+    """
     found, known = Peaks(**ask()), known_peaks(cache, target)
     if known is not None:
         best = {name: max(peak, known.operations.get(name, 0.0)) for name, peak in found.operations.items()}
         found = Peaks(best, max(found.bandwidth, known.bandwidth))
+    if disturbed():
+        return found
     path = _file(cache, target)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

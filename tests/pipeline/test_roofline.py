@@ -1,13 +1,17 @@
 """The roofline: what limits a call, what is counted, and what is remembered of a host."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from optimize.pipeline.contract import Cell, Kind
+from optimize.pipeline.noise import NoiseMeter
+from optimize.pipeline.prepare import find_peaks
 from optimize.pipeline.recipe import parse
 from optimize.pipeline.report import _limits
 from optimize.pipeline.roofline import Limit, Peaks, Work, known_peaks, measure_peaks, roof, roofs
@@ -57,9 +61,27 @@ def test_the_best_that_was_seen_is_remembered_for_each_host(tmp_path: Path) -> N
     assert found == known_peaks(tmp_path, target) == Peaks({"float32": 5.0, "int8": 2.0}, 7.0)
     assert known_peaks(tmp_path, other) is None
     assert known_peaks(tmp_path, dataclasses.replace(target, gpu_used=1 << 30)) == found
+    low = {"operations": {"float32": 9.0, "int8": 1.0}, "bandwidth": 3.0}
+    busy = measure_peaks(tmp_path, target, lambda: low, disturbed=lambda: True)
+    assert busy == Peaks({"float32": 9.0, "int8": 2.0}, 7.0) and known_peaks(tmp_path, target) == found
     for path in (tmp_path / "peaks").iterdir():
         path.write_text("{}")
     assert known_peaks(tmp_path, target) is None
+
+
+@pytest.mark.parametrize(("others", "kept"), [(0.01, True), (0.4, False)])
+def test_what_is_measured_beside_others_is_not_kept(
+    others: float, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, worker = probe(), Mock(pid=os.getpid())
+    worker.ask.return_value = {"operations": {"float32": 5.0}, "bandwidth": 3.0}
+    builder = Mock(folder=tmp_path / "runs" / "a", target=target)
+    builder.worker.return_value = worker
+    monkeypatch.setattr(NoiseMeter, "shares", lambda self: (others, 0.0))
+    assert find_peaks(builder) == Peaks({"float32": 5.0}, 3.0)
+    assert (known_peaks(tmp_path, target) is not None) is kept
+    said = [call.args[0] for call in builder.progress.note.call_args_list]
+    assert not said if kept else "other processes took 40% of the processors" in said[0]
 
 
 @pytest.mark.parametrize(
