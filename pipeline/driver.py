@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
@@ -120,6 +120,12 @@ class Request:
         except RequestError as error:
             known = f"recipes of this target: {', '.join(named)}"
             unknown = [text for text in self.recipes if re.fullmatch(r"[\w.-]+", text) and text not in named]
+            for text in unknown:
+                if targets := [target for target in target_names() if text in _offered(target)]:
+                    here = (self.target or "cpu") in targets
+                    whose = "for other tasks" if here else f"of --target {' and '.join(targets)}"
+                    more = "" if here else f"give --target {targets[0]}, or one of these; "
+                    raise RequestError(f"{text!r} is a recipe {whose}", hint=more + known) from None
             close = [name for text in unknown for name in difflib.get_close_matches(text, named, 3)]
             hint = f"did you mean {' or '.join(close)}?" if close else error.hint
             hint = f"{hint or 'see optimize passes'}; {known}" if unknown and not close else hint
@@ -207,13 +213,23 @@ def target_names() -> tuple[str, ...]:
     )
 
 
+def _offered(target: str) -> set[str]:
+    """Names of a target's recipes, whatever the checkpoint."""
+    module = _module(target)
+    return {name for table in ("RECIPES", "GENERATING", "TRANSCRIBING") for name in getattr(module, table, ())}
+
+
+def _module(target: str) -> Any:
+    return importlib.import_module(f"optimize.targets.{target.replace('-', '_')}")
+
+
 def find_target(name: str | None) -> tuple[Target, TargetModule]:
     """Probe the named target; without a name, the processor. Raises RequestError where this host is none."""
     names = target_names()
     wanted = name or "cpu"
     if wanted not in names:
         raise RequestError(f"target {wanted!r} is not in this version", hint=f"targets: {', '.join(names)}")
-    module = cast(TargetModule, importlib.import_module(f"optimize.targets.{wanted.replace('-', '_')}"))
+    module = cast(TargetModule, _module(wanted))
     return module.probe(), module
 
 

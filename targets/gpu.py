@@ -99,7 +99,7 @@ def devices() -> tuple[Device, ...]:
     except pynvml.NVMLError as error:
         raise RequestError(
             f"this host has no NVIDIA GPU that its driver tells of ({error})",
-            hint="use --target cpu, or see nvidia-smi",
+            hint="use --target cpu; if there is one, nvidia-smi should list it",
         ) from None
     if not found:
         raise RequestError(

@@ -467,6 +467,10 @@ CASES = (
                              for index in range(30)], head="BertLMHeadModel"), "row 30: target [] is no list of texts"),
     # --recipe
     Case("recipe-pass", "--recipe with an unknown pass", option(recipe="export-onyx"), "unknown pass 'export-onyx'"),
+    Case("recipe-target", "--recipe with a name that another target has", option(recipe="compiled-fp16"),
+         "'compiled-fp16' is a recipe of --target gpu"),
+    Case("recipe-task", "--recipe with a name that other tasks have", option(recipe="gguf-q8_0"),
+         "'gguf-q8_0' is a recipe for other tasks"),
     Case("recipe-option", "an unknown option of a pass", option(recipe="export-onnx{colour=red}"),
          "'colour' is not an option"),
     Case("recipe-value", "a wrong value of an option", option(recipe="export-onnx,quantize-onnx{mode=magic}"),
@@ -508,6 +512,9 @@ CASES = (
     Case("load-beyond", "--max-load 20", option(max_load=20), "--max-load 20 is not between 0 and 1"),
     Case("speedup-inf", "--min-speedup inf", option(min_speedup=math.inf), "--min-speedup inf is not"),
     Case("target", "--target that is not in this version", option(target="tpu"), "target 'tpu' is not in this version"),
+    Case("target-no-gpu", "--target gpu where no GPU is", option(target="gpu"), "this host has no NVIDIA GPU"),
+    Case("target-no-gpus", "--target multi-gpu where no GPU is", option(target="multi-gpu"),
+         "this host has no NVIDIA GPU"),
     # commands
     Case("no-option", "an option that does not exist", option(fast="yes"), "No such option", json=False, process=True),
     Case("nothing", "no arguments: the help is shown", lambda folder: [], "Usage:", json=False, process=True),
