@@ -107,37 +107,23 @@ def test_clips_are_transcribed_as_eager_does(make_speech_model: MakeCheckpoint, 
     np.testing.assert_allclose(captured.logits(clips[0], TOKENS[:9]), plain.logits(clips[0], TOKENS[:9]), atol=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("task", "device"),
-    [(SPEECH, "cpu"), *(pytest.param(task, "cuda", marks=ON_GPU) for task in (TEXT, SPEECH))],
-)
-def test_compiled_steps_write_the_same(
-    make_language_model: MakeCheckpoint, make_speech_model: MakeCheckpoint, tmp_path: Path, task: str, device: str
-) -> None:
-    speech = task == SPEECH
-    folder = make_speech_model() if speech else make_language_model()
-    shapes = [(1, 2, 4)] if speech else [(2, 8, 5)]
-    plain, captured = opened(folder, tmp_path / "a", task, shapes, device, compiled=True)
-    given = [np.zeros((16, 600), np.float32)] if speech else [TOKENS[:8], TOKENS[8:13]]
-    expected = stepwise(plain, given, shapes[0][2])
-    np.testing.assert_array_equal(captured.generate(given, shapes[0][2]).tokens, expected.tokens)
-
-
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("task", [TEXT, SPEECH])
-def test_what_was_compiled_is_opened_without_a_trace(
-    make_language_model: MakeCheckpoint, make_speech_model: MakeCheckpoint, tmp_path: Path, task: str,
+def test_compiled_steps_write_the_same_and_are_opened_without_a_trace(
+    make_language_model: MakeCheckpoint, make_speech_model: MakeCheckpoint, tmp_path: Path, task: str, device: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     speech = task == SPEECH
-    folder = make_speech_model() if speech else make_language_model(num_hidden_layers=1, dtype="bfloat16")
+    folder = make_speech_model() if speech else make_language_model(num_hidden_layers=1)
     shapes = [(1, 2, 4)] if speech else [(1, 8, 5), (2, 8, 5)]
     given = [np.zeros((16, 600), np.float32)] if speech else [TOKENS[:8], TOKENS[8:13]]
-    _, built = opened(folder, tmp_path / "a", task, shapes, "cpu", compiled=True)
-    expected = built.generate(given, 4)
+    plain, built = opened(folder, tmp_path / "a", task, shapes, device, compiled=True)
+    expected = stepwise(plain, given, 4)
+    np.testing.assert_array_equal(built.generate(given, 4).tokens, expected.tokens)
     built._captured.call.save(tmp_path / "a" / COMPILED)
     torch._dynamo.reset()
     counters.clear()
-    found = open_generation(tmp_path / "a", load_model(tmp_path / "a", task))
+    found = open_generation(tmp_path / "a", load_model(tmp_path / "a", task, device=device))
     np.testing.assert_array_equal(found.generate(given, 4).tokens, expected.tokens)
     np.testing.assert_array_equal(found.prefill(given, 4), built.prefill(given, 4))
     assert not counters["stats"]["unique_graphs"] and "compiled again" not in caplog.text

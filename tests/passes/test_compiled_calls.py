@@ -2,16 +2,21 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
+from optimize.models.loading import load_model
 from optimize.passes._compiled_calls import INDEX, CompiledCalls, form_of
+from optimize.passes._cuda_graphs import COMPILED, GRAPHS, Captured
+from tests.conftest import MakeCheckpoint
 
 
 class Model(torch.nn.Module):
@@ -160,6 +165,29 @@ def test_quantized_weights_are_kept(inputs: torch.Tensor, tmp_path: Path) -> Non
         calls.save(tmp_path / "kept")
         found = compiled(quantized(), tmp_path / "kept")(**given)
         torch.testing.assert_close(found.last, expected.last, atol=0, rtol=0)
+    assert not counters["stats"]["unique_graphs"]
+
+
+def test_an_encoder_is_opened_without_a_trace(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder, task = tmp_path / "a", "feature-extraction"
+    shutil.copytree(make_checkpoint(), folder)
+    (folder / GRAPHS).write_text(json.dumps({"shapes": [(2, 8)], "compile": True, "autotune": False, "fill": 0}))
+    built = Captured(folder, load_model(folder, task), task)
+    built.call.save(folder / COMPILED)
+    torch._dynamo.reset()
+    counters.clear()
+    found = Captured(folder, load_model(folder, task), task)
+    batch = {"input_ids": np.arange(5, 21).reshape(2, 8), "attention_mask": np.ones((2, 8), np.int64)}
+    outputs = []
+    for captured in (built, found):
+        graph = captured.graph(batch)
+        assert graph is not None
+        _, replay, buffers, tensors = graph
+        for name, array in batch.items():
+            buffers[name].copy_(torch.from_numpy(array))
+        replay()
+        outputs.append(tensors["last_hidden_state"].numpy())
+    np.testing.assert_array_equal(*outputs)
     assert not counters["stats"]["unique_graphs"]
 
 
