@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def findings(cache: Path) -> list[Finding]:
             f"{target.memory / 2**30:.0f} GiB",
             "the float32 reference of a checkpoint needs 4 bytes a parameter and 1 GiB",
         ),
+        _gpus(),
         Finding("C++ compiler", compiler or "none", "compile-aoti needs one", good=compiler is not None),
         Finding("ollama", ollama_version() or "none", "for create-ollama; without it a GGUF is emitted for llama.cpp"),
         Finding("cache", f"{free / 2**30:.0f} GiB free", str(cache), good=free > 2 << 30),
@@ -76,6 +78,22 @@ def findings(cache: Path) -> list[Finding]:
         meaning = f"for {', '.join(passes)}" + ("" if version else f": pip install {tool}")
         rows.append(Finding(tool, version or "not installed", meaning, good=version is not None))
     return rows + [_toolchain(Toolchains(cache), name, passes) for name, passes in sorted(apart.items())]
+
+
+def _gpus() -> Finding:
+    """To have none is no fault."""
+    try:
+        target, _ = find_target("gpu")
+    except OptimizeError as error:
+        return Finding("GPU", "none", error.message)
+    with suppress(OptimizeError):
+        target, _ = find_target("multi-gpu")
+    several = f"{target.gpus} like ones over {target.links}; " if target.gpus > 1 else ""
+    return Finding(
+        "GPU", target.device,
+        f"{several}{target.gpu_memory / 2**30:.0f} GiB, compute capability {target.arch}, driver {target.driver}: "
+        f"--target {target.name}",
+    )  # fmt: skip
 
 
 def _toolchain(toolchains: Toolchains, name: str, passes: list[str]) -> Finding:

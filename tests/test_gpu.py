@@ -37,6 +37,7 @@ from optimize.pipeline.contract import (
     Kind,
     Target,
 )
+from optimize.pipeline.doctor import findings
 from optimize.pipeline.driver import Request
 from optimize.pipeline.errors import ExitCode, HostError, RequestError
 from optimize.pipeline.gpus import GpuMemory, GpuMeter
@@ -146,6 +147,18 @@ def test_gpus_are_those_that_cuda_would_see(monkeypatch: pytest.MonkeyPatch, vis
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(RequestError, match="leaves none"):
         gpu.probe()
+
+
+def test_doctor_tells_of_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drive(monkeypatch, count=2, links=1)
+    (found,) = (each for each in findings(tmp_path) if each.what == "GPU")
+    assert found.found == "NVIDIA Example" and found.good
+    assert found.meaning == (
+        "2 like ones over NVLink; 24 GiB, compute capability 9.0, driver 580.1: --target multi-gpu"
+    )
+    drive(monkeypatch, count=2, names=("NVIDIA Example", "NVIDIA Other"))
+    (found,) = (each for each in findings(tmp_path) if each.what == "GPU")
+    assert found.meaning.endswith("--target gpu")
 
 
 def test_peaks_are_measured_without_tf32_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
