@@ -16,7 +16,7 @@ from typing import Any
 
 from optimize.models.checkpoint import max_length, read_config
 from optimize.models.speech import NEVER, WRITTEN, Decoding, read_decoding
-from optimize.passes._cuda_graphs import Shape, captured, fitting, prepared, read_settings
+from optimize.passes._cuda_graphs import Shape, attending, captured, fitting, prepared, read_settings
 from optimize.pipeline.contract import Cell
 
 GROUPED = "grouped"  # the name of our attention for transformers
@@ -212,9 +212,10 @@ class CapturedGeneration:
         self.call = prepared(path, settings, model, inputs)
         pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._steps: dict[Shape, CapturedSteps] = {}
-        for shape in map(tuple, settings["shapes"]):
-            self._steps[shape] = steps(model, self.call, shape)
-            self._steps[shape].capture(pool)
+        with attending(settings):
+            for shape in map(tuple, settings["shapes"]):
+                self._steps[shape] = steps(model, self.call, shape)
+                self._steps[shape].capture(pool)
 
     def fitting(self, batch: int, prompt: int, new: int) -> CapturedSteps | None:
         """Those of the smallest shape that takes so many, or None."""

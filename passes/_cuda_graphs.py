@@ -8,7 +8,8 @@ Source: https://docs.pytorch.org/docs/stable/notes/cuda.html (CUDA graphs)
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from optimize.passes._spared_masks import spare_masks
 from optimize.pipeline.contract import Array, Batch, Cell
 
 GRAPHS, COMPILED = "graphs.json", "compiled"
+AS_TORCH_CHOOSES = "sdpa"  # of its kernels for attention
 WARM = 3  # calls before capture, which set up what a capture may not
 Shape = tuple[int, ...]
 Work = Callable[[], None]
@@ -65,6 +67,23 @@ def prepared(path: Path, settings: Mapping[str, Any], model: Any, inputs: dict[s
     return CompiledCalls(model, path / COMPILED, autotune=settings["autotune"]) if settings["compile"] else model
 
 
+@contextmanager
+def attending(settings: Mapping[str, Any]) -> Iterator[None]:
+    """In which torch takes the kernel for attention that a folder's settings name, wherever that takes the inputs.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.attention.sdpa_kernel.html
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if (wanted := settings.get("attention", AS_TORCH_CHOOSES)) == AS_TORCH_CHOOSES:
+        yield
+        return
+    first = getattr(SDPBackend, f"{wanted.upper()}_ATTENTION")
+    every = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
+    with sdpa_kernel([first, *(each for each in every if each != first)], set_priority=True):
+        yield
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """Of a folder that is captured where it is opened."""
     found: dict[str, Any] = json.loads((path / GRAPHS).read_text())
@@ -80,7 +99,8 @@ class Captured:
         self.model = model
         self._sample = sample_inputs(path, task, str(model.dtype).removeprefix("torch."))
         self.call = prepared(path, settings, model, self._buffers((1,) * len(settings["shapes"][0])))
-        self._graphs = {tuple(shape): self._capture(tuple(shape)) for shape in settings["shapes"]}
+        with attending(settings):
+            self._graphs = {tuple(shape): self._capture(tuple(shape)) for shape in settings["shapes"]}
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from optimize.models.checkpoint import compiles_whole, max_length, read_config
 from optimize.models.loading import load_model
@@ -23,7 +23,8 @@ class CompileCuda(Pass):
     """The checkpoint, and what whoever opens it captures: the cells of the workload, and one shape for all other text.
 
     `compile` has inductor compile each shape, `autotune` also try kernels for its products, which takes minutes.
-    Without either the model's own kernels are captured. A batch is padded up to the smallest shape that takes it.
+    Without either the model's own kernels are captured. `attention` is torch's kernel to take where that can be: torch
+    itself does not measure which is fastest. A batch is padded up to the smallest shape that takes it.
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, torch.compile
     """
 
@@ -36,6 +37,7 @@ class CompileCuda(Pass):
 
     compile: bool = True
     autotune: bool = False
+    attention: Literal["sdpa", "flash", "efficient", "cudnn"] = "sdpa"
 
     @property
     def shaped(self) -> bool:
@@ -57,7 +59,7 @@ class CompileCuda(Pass):
         shapes = _shapes(source.path, config, context)
         settings = {
             "shapes": shapes, "compile": self.compile, "autotune": self.autotune,
-            "fill": config.get("pad_token_id") or 0,
+            "attention": self.attention, "fill": config.get("pad_token_id") or 0,
         }  # fmt: skip
         (out / GRAPHS).write_text(json.dumps(settings))
         begun = time.perf_counter()

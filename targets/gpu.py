@@ -34,6 +34,8 @@ RECIPES = {
     "graphs-fp16": "cast-dtype{dtype=float16},compile-cuda{compile=false}",
     "compiled-fp16": "cast-dtype{dtype=float16},compile-cuda",
     "compiled-bf16": "cast-dtype,compile-cuda",
+    "compiled-fp16-efficient": "cast-dtype{dtype=float16},compile-cuda{attention=efficient}",
+    "compiled-fp16-cudnn": "cast-dtype{dtype=float16},compile-cuda{attention=cudnn}",
     "compiled-fp16-autotuned": "cast-dtype{dtype=float16},compile-cuda{autotune=true}",
     "onnx-cuda-fp16": "export-onnx{fused=true;provider=cuda;dtype=float16},use-provider",
     "tensorrt-fp16": "export-onnx{dtype=float16},build-tensorrt",
@@ -41,7 +43,10 @@ RECIPES = {
     "torchao-int8-compiled": "cast-dtype,quantize-torchao,compile-cuda",
     **FOR_MEMORY,
 }
-IMAGES = ("eager-fp16", "eager-bf16", "graphs-fp16", "compiled-fp16", "compiled-bf16")  # those that take them
+IMAGES = (  # those that take them
+    "eager-fp16", "eager-bf16", "graphs-fp16", "compiled-fp16", "compiled-bf16", "compiled-fp16-efficient",
+    "compiled-fp16-cudnn",
+)  # fmt: skip
 TRANSCRIBING = {  # for speech models
     "speech-fp16": "cast-dtype{dtype=float16}",
     "speech-bf16": "cast-dtype",
@@ -69,8 +74,8 @@ GENERATING = {  # for language models
 }
 # tried only by name
 BY_NAME = frozenset({
-    "eager-fp16", "eager-bf16", "graphs-bf16", "compiled-fp16-autotuned", "vllm-fp8-cache", "vllm-fp8-static",
-    "vllm-int4-awq", "vllm-bf16-batched",
+    "eager-fp16", "eager-bf16", "graphs-bf16", "compiled-fp16-efficient", "compiled-fp16-cudnn",
+    "compiled-fp16-autotuned", "vllm-fp8-cache", "vllm-fp8-static", "vllm-int4-awq", "vllm-bf16-batched",
     *FOR_MEMORY, "torchao-int8-compiled", "torchao-int8-weights-compiled",
 })  # fmt: skip
 RECOVERIES: dict[str, str] = {}

@@ -1,13 +1,23 @@
 """What is rewritten in a model before it is captured: it computes the same."""
 
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch._C import _get_sdp_priority_order
+from torch.nn.attention import SDPBackend
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.masking_utils import create_bidirectional_mask
 
+from optimize.models.loading import load_model
+from optimize.passes._cuda_graphs import GRAPHS, Captured
 from optimize.passes._patch_products import patches_as_products
 from optimize.passes._spared_masks import SPARED, spare_masks
+from tests.conftest import MakeCheckpoint
 
 
 @pytest.mark.parametrize(("side", "stride", "replaced"), [(4, 4, 1), ((4, 2), (4, 2), 1), (3, 2, 0), (1, 1, 0)])
@@ -45,3 +55,24 @@ def test_where_nothing_is_masked_no_mask_is_made_while_a_model_is_traced(monkeyp
         padded = torch.tensor([[1, 1, 1, 1, 0]] * 2)
         kept = create_bidirectional_mask(model.config, tokens, padded)
     assert kept is not None and kept[0, 0].tolist() == [[True, True, True, True, False]] * 5
+
+
+@pytest.mark.parametrize(("attention", "first"), [("cudnn", "CUDNN_ATTENTION"), ("efficient", "EFFICIENT_ATTENTION")])
+def test_the_kernel_for_attention_that_is_named_comes_first_while_it_is_captured(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attention: str, first: str
+) -> None:
+    attend, seen, before = torch.nn.functional.scaled_dot_product_attention, list[int](), _get_sdp_priority_order()
+
+    def watched(*given: Any, **options: Any) -> torch.Tensor:
+        seen.append(_get_sdp_priority_order()[0])
+        return attend(*given, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    folder, task = tmp_path / "a", "feature-extraction"
+    shutil.copytree(make_checkpoint(), folder)
+    settings = {"shapes": [(2, 8)], "compile": False, "autotune": False, "fill": 0}
+    for asked in (settings, settings | {"attention": "sdpa"}, settings | {"attention": attention}):
+        (folder / GRAPHS).write_text(json.dumps(asked))
+        Captured(folder, load_model(folder, task), task)
+    assert seen == [before[0]] * 10 + [int(getattr(SDPBackend, first))] * 2  # two layers; it is called once before
+    assert _get_sdp_priority_order() == before
