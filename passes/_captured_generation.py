@@ -90,6 +90,15 @@ class CapturedSteps:
         """Logits behind `tokens`, which attend to what a mask of [batch, 1, 1, length] has."""
         raise NotImplementedError
 
+    def _as_taken(self, mask: Any) -> Any:
+        """A mask of what is attended to as the model's attention takes it: any but torch's adds it."""
+        import torch
+
+        if self.model.config._attn_implementation == GROUPED:
+            return mask
+        dtype = self.model.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
     def _take_prompt(self) -> None:
         self._seen.zero_()
         self._slot.fill_(self.prompt)
@@ -97,7 +106,7 @@ class CapturedSteps:
 
     def _take_step(self) -> None:
         self._seen.index_fill_(1, self._slot, True)
-        self._keep(self.append(self._seen[:, None, None]))
+        self._keep(self.append(self._as_taken(self._seen[:, None, None])))
         self._slot.add_(1)
 
     def _keep(self, logits: Any) -> None:
@@ -133,8 +142,8 @@ class LanguageSteps(CapturedSteps):
         mask = (self._seen[:, None] & earlier) | own  # padding sees itself: of nothing at all there is no average
         self._positions.copy_(self._mask.sum(dim=1, keepdim=True))
         return self._call(
-            input_ids=self._ids, attention_mask=mask[:, None], past_key_values=self._cache, use_cache=True,
-            logits_to_keep=1, position_ids=(self._mask.cumsum(dim=1) - 1).clamp(min=0),
+            input_ids=self._ids, attention_mask=self._as_taken(mask[:, None]), past_key_values=self._cache,
+            use_cache=True, logits_to_keep=1, position_ids=(self._mask.cumsum(dim=1) - 1).clamp(min=0),
         ).logits[:, -1]  # fmt: skip
 
     def append(self, mask: Any) -> Any:
@@ -180,7 +189,7 @@ class SpeechSteps(CapturedSteps):
         places = torch.arange(self.length, device=self._seen.device)
         mask = (places <= places[: self.prompt, None]).expand(self.batch, 1, self.prompt, self.length)
         outputs = self._call(
-            input_features=self._sounds, decoder_input_ids=self._begins, decoder_attention_mask=mask,
+            input_features=self._sounds, decoder_input_ids=self._begins, decoder_attention_mask=self._as_taken(mask),
             past_key_values=self._cache, use_cache=True,
             decoder_position_ids=places[None, : self.prompt].expand(self.batch, -1),
         )  # fmt: skip
@@ -277,3 +286,5 @@ def _restart(cache: Any) -> None:
     for layer in cache.layers:
         if layer.is_initialized:
             layer.cumulative_length.zero_()
+            if hasattr(layer, "cumulative_length_int"):  # of layers with a window
+                layer.cumulative_length_int = 0

@@ -17,6 +17,8 @@ from optimize.passes._links import link_checkpoint
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
 
+ALIBI = ("bloom", "mpt")  # kinds of models; falcon's configuration says so itself
+
 
 @dataclass(frozen=True)
 class CompileCuda(Pass):
@@ -48,6 +50,9 @@ class CompileCuda(Pass):
             return "it is for NVIDIA GPUs, and here is none"
         if TASKS[checkpoint.task].generates and not compiles_whole(checkpoint):
             return f"transformers has no {checkpoint.architecture} that keeps to a cache of fixed length"
+        config = read_config(checkpoint.folder) if TASKS[checkpoint.task].form is Form.PROMPTS else {}
+        if config.get("alibi") or config.get("model_type") in ALIBI:
+            return "its positions (ALiBi) are made of a mask with two axes, and what is captured has one with four"
         return None
 
     def memory(self, checkpoint: Checkpoint) -> int:

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from optimize.models.checkpoint import resolve
 from optimize.models.loading import load_model
 from optimize.models.speech import encode_all
 from optimize.models.tasks import Examples
 from optimize.passes._captured_generation import GROUPED, language_shapes, speech_shapes
 from optimize.passes._cuda_graphs import COMPILED, GRAPHS
+from optimize.passes.compile_cuda import CompileCuda
 from optimize.pipeline.batches import SOUND
-from optimize.pipeline.contract import Array, Cell
+from optimize.pipeline.contract import Array, Cell, Target
 from optimize.targets.runtimes import eager
 from optimize.targets.runtimes.cuda_graphs import open_generation
 from optimize.targets.runtimes.generating import stepwise, write_until
@@ -27,6 +29,13 @@ DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 TEXT, SPEECH = "text-generation", "automatic-speech-recognition"
 TOKENS = np.random.default_rng(0).integers(5, 500, 60)
 CELLS = (Cell(1, 8, 6), Cell(3, 12, 5))
+GROUPING = ("LlamaForCausalLM", "MistralForCausalLM")
+OPTIONS: dict[str, dict[str, int]] = {  # with a window that is longer than any cell; with attention that is not torch's
+    "LlamaForCausalLM": {},
+    "GPT2LMHeadModel": {},
+    "MistralForCausalLM": {"sliding_window": 64},
+    "GPTJForCausalLM": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 8},
+}
 
 
 def opened(folder: Path, out: Path, task: str, shapes: Any, device: str, *, compiled: bool = False) -> tuple[Any, Any]:
@@ -38,7 +47,9 @@ def opened(folder: Path, out: Path, task: str, shapes: Any, device: str, *, comp
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "GPT2LMHeadModel", "MistralForCausalLM", "GPTJForCausalLM"]
+)
 def test_prompts_of_any_lengths_are_continued_as_eager_does(
     make_language_model: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, device: str
 ) -> None:
@@ -51,7 +62,9 @@ def test_prompts_of_any_lengths_are_continued_as_eager_does(
         return attend(query, *arguments, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    plain, captured = opened(make_language_model(architecture), tmp_path / "a", TEXT, shapes, device)
+    plain, captured = opened(
+        make_language_model(architecture, **OPTIONS.get(architecture, {})), tmp_path / "a", TEXT, shapes, device
+    )
     for lengths, new in (([8], 6), ([5], 6), ([12, 12, 12], 5), ([9, 3], 4), ([4], 2), ([40], 3), ([2] * 4, 3)):
         prompts: list[Array] = [TOKENS[at : at + length] for at, length in enumerate(lengths)]
         expected, found = plain.generate(prompts, new), captured.generate(prompts, new)
@@ -65,8 +78,18 @@ def test_prompts_of_any_lengths_are_continued_as_eager_does(
             wanted, given = plain.step(following), captured.step(following)
         np.testing.assert_allclose(given, wanted, atol=2e-3)
     np.testing.assert_allclose(captured.logits(TOKENS, 9), plain.logits(TOKENS, 9), atol=2e-3)
-    assert ((2, 2) in grouped) is (architecture == "LlamaForCausalLM")  # its four heads over two of keys
-    assert captured.model.config._attn_implementation == GROUPED  # compiled, too, where transformers would copy keys
+    assert ((2, 2) in grouped) is (
+        architecture in ("LlamaForCausalLM", "MistralForCausalLM")
+    )  # four heads, two of keys
+    # compiled, too, where transformers would copy keys
+    assert (captured.model.config._attn_implementation == GROUPED) is (architecture != "GPTJForCausalLM")
+
+
+def test_what_makes_positions_of_a_mask_is_left_out(make_language_model: MakeCheckpoint) -> None:
+    h100 = Target("gpu", "H100", "9.0", (), ("float16",), 16, 128 << 30, 1, 80 << 30)
+    llama, bloom = (resolve(str(make_language_model(name))) for name in ("LlamaForCausalLM", "BloomForCausalLM"))
+    assert CompileCuda().requires(llama, h100) is None
+    assert "ALiBi" in (CompileCuda().requires(bloom, h100) or "")
 
 
 @pytest.mark.parametrize("device", DEVICES)
