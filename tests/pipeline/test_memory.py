@@ -123,7 +123,7 @@ def test_without_a_reference_there_is_no_plan(plan_in: MakePlan) -> None:
 
 
 def test_the_baseline_is_closed_where_building_needs_its_memory(plan_in: MakePlan) -> None:
-    plan = plan_in(7, TEXTS[1])
+    plan = plan_in(7.5, TEXTS[1])
     assert not plan.fits_beside_baseline(plan.recipes)
 
 
