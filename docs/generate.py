@@ -36,7 +36,7 @@ What has no line above is not in this version. What is, but was never run, or on
 | what | state |
 |---|---|
 | target `gpu` | on an H100 (torch 2.11); its tests of a kill (cut off) and a whole run (mended since) did not pass |
-| `compile-cuda` | version 7 on an H100, text and images whole; version 8, opened without a trace: on processors |
+| `compile-cuda` | version 7 on an H100, language and speech up to emission; 8, opened without a trace: on processors |
 | target `multi-gpu` | written; run with two processes of vLLM on a processor alone (tensor parallel, and two copies) |
 | `shard-tensors` | run with two processes on a processor (gloo; transformers 5.17 and 5.23); on GPUs (NCCL): not run |
 | the eager model over several GPUs | where one does not hold it: written; its plan is tested, never run |

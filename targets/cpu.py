@@ -129,14 +129,14 @@ def probe() -> Target:
 
 def recipes(checkpoint: Checkpoint, target: Target) -> tuple[Recipe, ...]:
     """The candidates, cheapest first. A pass that cannot run here says so in the plan."""
-    form = TASKS[checkpoint.task].form
-    if form is Form.CLIPS:
-        return tuple(parse(text, name) for name, text in TRANSCRIBING.items())
-    if form is Form.PROMPTS:
-        later = GENERATING_BY_NAME
-        return tuple(replace(parse(text, name), default=name not in later) for name, text in GENERATING.items())
-    found = (replace(parse(text, name), default=name not in BY_NAME) for name, text in RECIPES.items())
-    return tuple(replace(each, after=RECOVERIES.get(each.name, "")) for each in found)
+    texts, by_name = {
+        Form.PROMPTS: (GENERATING, GENERATING_BY_NAME),
+        Form.CLIPS: (TRANSCRIBING, frozenset[str]()),
+    }.get(TASKS[checkpoint.task].form, (RECIPES, BY_NAME))
+    return tuple(
+        replace(parse(text, name), default=name not in by_name, after=RECOVERIES.get(name, ""))
+        for name, text in texts.items()
+    )
 
 
 def peaks(target: Target) -> dict[str, Any]:

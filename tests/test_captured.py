@@ -30,7 +30,8 @@ TEXT, SPEECH = "text-generation", "automatic-speech-recognition"
 TOKENS = np.random.default_rng(0).integers(5, 500, 60)
 CELLS = (Cell(1, 8, 6), Cell(3, 12, 5))
 GROUPING = ("LlamaForCausalLM", "MistralForCausalLM")
-OPTIONS: dict[str, dict[str, int]] = {  # with a window that is longer than any cell; with attention that is not torch's
+# the third has a window that is longer than any cell, the last attention that is not torch's
+ARCHITECTURES: dict[str, dict[str, int]] = {
     "LlamaForCausalLM": {},
     "GPT2LMHeadModel": {},
     "MistralForCausalLM": {"sliding_window": 64},
@@ -47,9 +48,7 @@ def opened(folder: Path, out: Path, task: str, shapes: Any, device: str, *, comp
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "architecture", ["LlamaForCausalLM", "GPT2LMHeadModel", "MistralForCausalLM", "GPTJForCausalLM"]
-)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_prompts_of_any_lengths_are_continued_as_eager_does(
     make_language_model: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, device: str
 ) -> None:
@@ -62,9 +61,8 @@ def test_prompts_of_any_lengths_are_continued_as_eager_does(
         return attend(query, *arguments, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    plain, captured = opened(
-        make_language_model(architecture, **OPTIONS.get(architecture, {})), tmp_path / "a", TEXT, shapes, device
-    )
+    folder = make_language_model(architecture, **ARCHITECTURES[architecture])
+    plain, captured = opened(folder, tmp_path / "a", TEXT, shapes, device)
     for lengths, new in (([8], 6), ([5], 6), ([12, 12, 12], 5), ([9, 3], 4), ([4], 2), ([40], 3), ([2] * 4, 3)):
         prompts: list[Array] = [TOKENS[at : at + length] for at, length in enumerate(lengths)]
         expected, found = plain.generate(prompts, new), captured.generate(prompts, new)
@@ -78,9 +76,7 @@ def test_prompts_of_any_lengths_are_continued_as_eager_does(
             wanted, given = plain.step(following), captured.step(following)
         np.testing.assert_allclose(given, wanted, atol=2e-3)
     np.testing.assert_allclose(captured.logits(TOKENS, 9), plain.logits(TOKENS, 9), atol=2e-3)
-    assert ((2, 2) in grouped) is (
-        architecture in ("LlamaForCausalLM", "MistralForCausalLM")
-    )  # four heads, two of keys
+    assert ((2, 2) in grouped) is (architecture in GROUPING)  # their four heads over two of keys
     # compiled, too, where transformers would copy keys
     assert (captured.model.config._attn_implementation == GROUPED) is (architecture != "GPTJForCausalLM")
 
@@ -137,9 +133,7 @@ def test_compiled_steps_write_the_same_and_are_opened_without_a_trace(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     speech = task == SPEECH
-    folder = (
-        make_speech_model(encoder_layers=1, decoder_layers=1) if speech else make_language_model(num_hidden_layers=1)
-    )
+    folder = make_speech_model() if speech else make_language_model(num_hidden_layers=1)
     shapes = [(1, 2, 4)] if speech else [(2, 8, 5)]
     given = [np.zeros((16, 600), np.float32)] if speech else [TOKENS[:8], TOKENS[8:13]]
     plain, built = opened(folder, tmp_path / "a", task, shapes, device, compiled=True)

@@ -13,6 +13,7 @@ from PIL import Image
 from tests.conftest import Cli, MakeCheckpoint
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+WITHOUT_DATA = ("export-onnx", "export-onnx,quantize-onnx", "convert-openvino")
 QUICK = ("--workload", "1,4", "--budget", "1s", "--min-speedup", "0.0001", "--max-load", "1")
 
 
@@ -115,11 +116,8 @@ def _check_card(out: Path, card: str, picture: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "recipes"),
     [
-        ("ViTForImageClassification", ("export-onnx", "export-onnx,quantize-onnx", "convert-openvino")),
-        (
-            "ResNetForImageClassification",
-            ("cast-dtype,compile-aoti", "convert-openvino"),
-        ),  # its int8 is explained below
+        ("ViTForImageClassification", WITHOUT_DATA),
+        ("ResNetForImageClassification", ("cast-dtype,compile-aoti", *WITHOUT_DATA)),
     ],
 )
 def test_recipes_that_need_no_data_answer_as_eager_does(
