@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=HERE / "results" / "gpu.json")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--recipes", nargs="*", help="instead of a row's own")
     parser.add_argument("--tokenizer", type=Path, help="a folder with one, instead of the demo's")
     parser.add_argument("--budget", help="instead of a row's own")
     parser.add_argument(
@@ -162,6 +163,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         scratch = arguments.scratch or Path(temporary)
         for name in arguments.rows:
+            if arguments.recipes:
+                ROWS[name] = replace(ROWS[name], recipes=tuple(arguments.recipes))
             if not (scratch / name).is_dir():
                 ROWS[name].make(scratch / name, arguments.tokenizer or demo())
         if arguments.warm:

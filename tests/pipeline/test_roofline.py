@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,6 +17,7 @@ from optimize.pipeline.recipe import parse
 from optimize.pipeline.report import _limits
 from optimize.pipeline.roofline import Limit, Peaks, Work, known_peaks, measure_peaks, roof, roofs
 from optimize.pipeline.verdict import Candidate, Status
+from optimize.targets import cpu
 from optimize.targets.cpu import probe
 
 PEAKS = Peaks({"float32": 100e9, "bfloat16": 200e9}, 10e9)
@@ -126,9 +128,17 @@ def test_the_table_shows_the_cell_with_the_most_tokens() -> None:
 
 
 def test_this_hosts_peaks_are_numbers() -> None:
-    from optimize.targets.cpu import peaks
-
-    found: dict[str, Any] = peaks(dataclasses.replace(probe(), dtypes=("float32", "float8_e4m3fn")))
-    assert set(found["operations"]) == {"float32", "float8_e4m3fn", "int8"}
+    found = cpu.peaks(probe())
+    assert set(found["operations"]) == {*probe().dtypes, "int8"}
     assert all(1e8 < peak < 1e16 for peak in found["operations"].values())
     assert 1e8 < found["bandwidth"] < 1e14
+
+
+def test_each_dtypes_product_is_called_and_its_operations_counted() -> None:
+    def one_second(call: Callable[[], Any]) -> float:
+        call()
+        return 1.0
+
+    dtypes = ("float32", "float8_e4m3fn", "int8")  # processors take minutes for a large product of float8
+    found = cpu.reached(dtypes, 64, 1 << 12, "cpu", one_second)
+    assert found == {"operations": dict.fromkeys(dtypes, 2 * 64**3), "bandwidth": 1 << 12}
