@@ -35,13 +35,13 @@ What has no line above is not in this version. What is, but was never run, or on
 
 | what | state |
 |---|---|
-| target `gpu` | on an H100 (torch 2.11); its tests of a kill (cut off) and a whole run (mended since) did not pass |
-| `compile-cuda` | version 7 on an H100, language and speech up to emission; 8, opened without a trace: on processors |
+| target `gpu` | on an H100 (torch 2.11); of its tests, that of a kill did not end within the time there was |
+| `compile-cuda` | on an H100, images to the end, language and speech up to emission; language before version 8 |
 | target `multi-gpu` | written; run with two processes of vLLM on a processor alone (tensor parallel, and two copies) |
 | `shard-tensors` | run with two processes on a processor (gloo; transformers 5.17 and 5.23); on GPUs (NCCL): not run |
 | the eager model over several GPUs | where one does not hold it: written; its plan is tested, never run |
 | `quantize-llm-compressor` | int8 and int4 (GPTQ) on a processor; fp8, AWQ, and all of it on a GPU: not run |
-| `quantize-bitsandbytes`, `quantize-torchao` | on an H100: tests of small models; one whole run, for memory |
+| `quantize-bitsandbytes`, `quantize-torchao` | on an H100: tests of small models, and two whole runs |
 | vLLM | 0.24 on an H100, 0.32 on a processor; fp8 judged there, timed by hand; its lock was not installed |
 | TensorRT-LLM | `build-tensorrt-llm` is written after its source; only run against a stand-in for it |
 | TensorRT | `build-tensorrt` and its runtime are written; TensorRT's own libraries were not there to run them |
@@ -50,7 +50,7 @@ What has no line above is not in this version. What is, but was never run, or on
 | workers on Python 3.10 | types are checked as 3.10 has them; run on 3.11 and 3.12 alone |
 | OpenVINO Model Server | not run here: a language model in OpenVINO is run by openvino-genai |
 | Ollama | written after its documentation and source of August 2026; only run against a stand-in, never a real Ollama |
-| image classifiers | on a processor: ViT, ResNet and ConvNeXT; on an H100 ViT, before masks were spared |
+| image classifiers | on a processor: ViT, ResNet and ConvNeXT; on an H100: ViT |
 | speech models | Whisper, on a processor, and on an H100 up to emission; not in a toolchain; no timestamps |
 | other encoder-decoders, CTC | not in this version: no task for them |
 | huggingface.co itself | hub ids are tested against a local server that answers the hub's API only |
