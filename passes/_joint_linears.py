@@ -7,6 +7,7 @@ takes its own columns. (Inductor's freezing does it too, but what it froze is no
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from optimize.passes._layer_inputs import layer_inputs
@@ -15,9 +16,10 @@ from optimize.passes._layer_inputs import layer_inputs
 def join_linears(model: Any, inputs: dict[str, Any]) -> int:
     """Join the linear layers of `model` that are given the same tensor, as seen when it computes on `inputs`.
 
-    Of those that belong to several groups none is joined, nor any whose weights are quantized. Returns how many were.
+    Of those that belong to several groups none is joined, nor any whose weights are of a type of their own. Returns how
+    many were.
     """
-    linears = {name: each for name, each in model.named_modules() if _is_plain(each)}
+    linears = {name: each for name, each in model.named_modules() if _is_joined(each)}
     calls: dict[int, tuple[Any, list[str]]] = {}  # by the tensor's identity, kept alive so that none is taken twice
     for name, given in layer_inputs(model, linears, inputs):
         calls.setdefault(id(given), (given, []))[1].append(name)
@@ -30,15 +32,35 @@ def join_linears(model: Any, inputs: dict[str, Any]) -> int:
     return sum(_join(model, {name: linears[name] for name in group}) for group in joined)
 
 
-def _is_plain(layer: Any) -> bool:
-    """Whether a module is a linear layer, with weights as they are: quantized ones are of types of their own."""
+def _is_joined(layer: Any) -> bool:
+    """Whether a module is a linear layer, with weights as they are or ours in int8."""
     import torch
 
-    return type(layer) is torch.nn.Linear and type(layer.weight) is torch.nn.Parameter
+    from optimize.passes._eight_bit_products import EightBitLinear
+
+    plain = type(layer) is torch.nn.Linear and type(layer.weight) is torch.nn.Parameter
+    return plain or type(layer) is EightBitLinear
+
+
+def _one_of(layers: Sequence[Any]) -> Any:
+    """A linear layer with the outputs of all, which are of one type."""
+    import torch
+
+    from optimize.passes._eight_bit_products import EightBitLinear, joined
+
+    if isinstance(layers[0], EightBitLinear):
+        return joined(layers)
+    one = torch.nn.Linear(layers[0].in_features, sum(each.out_features for each in layers), device="meta")
+    one.weight = torch.nn.Parameter(torch.cat([each.weight for each in layers]), requires_grad=False)
+    biases = [each.bias for each in layers if each.bias is not None]
+    one.bias = torch.nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+    return one
 
 
 def _join(model: Any, linears: dict[str, Any]) -> int:
-    """Replace these, in the order in which they are called, if all have a bias or none has. Returns how many."""
+    """Replace these, in the order in which they are called, if they are of one type, and all have a bias or none has.
+    Returns how many.
+    """
     import torch
 
     class Joint(torch.nn.Module):  # type: ignore[misc]
@@ -46,9 +68,7 @@ def _join(model: Any, linears: dict[str, Any]) -> int:
 
         def __init__(self) -> None:
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.cat([each.weight for each in layers]), requires_grad=False)
-            biases = [each.bias for each in layers if each.bias is not None]
-            self.bias = torch.nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+            self.linear = _one_of(layers)
             self.product: Any = None
 
     class Columns(torch.nn.Module):  # type: ignore[misc]
@@ -61,14 +81,14 @@ def _join(model: Any, linears: dict[str, Any]) -> int:
         def forward(self, inputs: Any) -> Any:
             joint = self.joint
             if self.start == 0:
-                joint.product = torch.nn.functional.linear(inputs, joint.weight, joint.bias)
+                joint.product = joint.linear(inputs)
             product = joint.product
-            if self.end == len(joint.weight):
+            if self.end == joint.linear.out_features:
                 joint.product = None
             return product[..., self.start : self.end]
 
     layers = list(linears.values())
-    if len({each.bias is None for each in layers}) > 1:
+    if len({(type(each), each.bias is None) for each in layers}) > 1:
         return 0
     joint, start = Joint(), 0
     for name, layer in linears.items():

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from optimize.models.loading import load_model, sample_inputs
+from optimize.passes._eight_bit_products import EightBitLinear, read_eight_bits
 from optimize.passes._joint_linears import join_linears
 
 TASK = "feature-extraction"
@@ -47,15 +48,19 @@ def test_queries_keys_and_values_are_one_product(tiny: Path) -> None:
     assert join_linears(model, inputs) == 0  # none is left
 
 
-def test_quantized_layers_are_left_as_they_are(tiny: Path) -> None:
+@pytest.mark.parametrize("ours", [False, True])
+def test_quantized_layers_are_joined_with_their_like_where_they_are_ours(tiny: Path, *, ours: bool) -> None:
     model, inputs = load_model(tiny, TASK), sample_inputs(tiny)
     some = {f"encoder.layer.0.attention.self.{name}" for name in ("query", "key")}
     quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False), filter_fn=lambda _, name: name in some)
     expected, _ = run(model, inputs)
-    assert join_linears(model, inputs) == 3 * (model.config.num_hidden_layers - 1)  # values alone are no group
+    if ours:
+        assert read_eight_bits(model) == 2
+    mixed = join_linears(model, inputs) - 3 * (model.config.num_hidden_layers - 1)
+    assert mixed == 0  # layers of one input that are not of one type
     found, _ = run(model, inputs)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert type(model.get_submodule(min(some)).weight).__name__ == "Int8Tensor"
+    assert type(model.get_submodule(min(some))) is (EightBitLinear if ours else torch.nn.Linear)
 
 
 def test_what_inductor_makes_of_it_is_kept_in_its_cache(
