@@ -117,7 +117,7 @@ def _save(model: Any, folder: Path, tokenizer: Path) -> None:
 CUDA_GRAPHS = ("compile-cuda{compile=false}", "compile-cuda")
 ATTENTION = ("compile-cuda{attention=efficient}", "compile-cuda{attention=cudnn}")
 SPEECH = ("compiled-fp16",)
-LLAMA = ("compiled-bf16",)
+LLAMA = ("compiled-bf16", "torchao-int8-weights-compiled")
 LLAMA_IN_8_BITS = ("torchao-fp8-compiled", "torchao-int8-weights-compiled")
 VLLM = ("vllm-bf16", "vllm-fp8")
 # too far from the reference; slower at every cell; faster where little is computed, and slower where much is

@@ -35,8 +35,8 @@ What has no line above is not in this version. What is, but was never run, or on
 
 | what | state |
 |---|---|
-| target `gpu` | on an H100 (torch 2.11); of its tests, that of a kill did not end within the time there was |
-| `compile-cuda` | on an H100, images to the end, language and speech up to emission; language before version 8 |
+| target `gpu` | on an H100 (torch 2.11), with its tests, and on no other GPU |
+| `compile-cuda` | on an H100: text, images and language to the end, speech up to emission |
 | target `multi-gpu` | written; run with two processes of vLLM on a processor alone (tensor parallel, and two copies) |
 | `shard-tensors` | run with two processes on a processor (gloo; transformers 5.17 and 5.23); on GPUs (NCCL): not run |
 | the eager model over several GPUs | where one does not hold it: written; its plan is tested, never run |

@@ -55,7 +55,7 @@ def read_eight_bits(model: Any) -> int:
     for name in found:
         layer = model.get_submodule(name)
         weight = layer.weight
-        model.set_submodule(name, EightBitLinear(weight.qdata, weight.scale.flatten().float(), layer.bias))
+        model.set_submodule(name, EightBitLinear(weight.qdata.contiguous(), weight.scale.flatten().float(), layer.bias))
     return len(found)
 
 

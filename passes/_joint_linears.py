@@ -29,7 +29,8 @@ def join_linears(model: Any, inputs: dict[str, Any]) -> int:
             members[name].add(tuple(dict.fromkeys(names)))
     groups = {group for found in members.values() for group in found if len(group) > 1}
     joined = [group for group in groups if all(members[name] == {group} for name in group)]
-    return sum(_join(model, {name: linears[name] for name in group}) for group in joined)
+    # each group's own weights are freed before the next one's are copied
+    return sum(_join(model, {name: linears.pop(name) for name in group}) for group in joined)
 
 
 def _is_joined(layer: Any) -> bool:
@@ -66,9 +67,9 @@ def _join(model: Any, linears: dict[str, Any]) -> int:
     class Joint(torch.nn.Module):  # type: ignore[misc]
         """The product of all of them, for as long as some have not taken theirs."""
 
-        def __init__(self) -> None:
+        def __init__(self, linear: Any) -> None:
             super().__init__()
-            self.linear = _one_of(layers)
+            self.linear = linear
             self.product: Any = None
 
     class Columns(torch.nn.Module):  # type: ignore[misc]
@@ -90,7 +91,7 @@ def _join(model: Any, linears: dict[str, Any]) -> int:
     layers = list(linears.values())
     if len({(type(each), each.bias is None) for each in layers}) > 1:
         return 0
-    joint, start = Joint(), 0
+    joint, start = Joint(_one_of(layers)), 0
     for name, layer in linears.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, Columns(joint, start, start + layer.out_features))

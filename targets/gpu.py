@@ -76,7 +76,7 @@ GENERATING = {  # for language models
 BY_NAME = frozenset({
     "eager-fp16", "eager-bf16", "graphs-bf16", "compiled-fp16-efficient", "compiled-fp16-cudnn",
     "compiled-fp16-autotuned", "vllm-fp8-cache", "vllm-fp8-static", "vllm-int4-awq", "vllm-bf16-batched",
-    *FOR_MEMORY, "torchao-int8-compiled", "torchao-int8-weights-compiled",
+    *FOR_MEMORY, "torchao-int8-compiled",
 })  # fmt: skip
 RECOVERIES: dict[str, str] = {}
 

@@ -564,7 +564,7 @@ def wait_until(reached: Callable[[], bool], seconds: float) -> None:
     [
         ("make_checkpoint", {"graphs-fp16", "compiled-fp16", "compiled-bf16"}),
         ("make_image_classifier", {"graphs-fp16", "compiled-fp16", "compiled-bf16"}),
-        ("make_language_model", {"compiled-bf16", "vllm-bf16", "vllm-fp8"}),
+        ("make_language_model", {"compiled-bf16", "torchao-int8-weights-compiled", "vllm-bf16", "vllm-fp8"}),
         ("make_speech_model", {"speech-fp16", "graphs-fp16", "compiled-fp16", "compiled-bf16"}),
     ],
 )

@@ -1,5 +1,7 @@
 """Linear layers that are given one tensor compute one product, and the model answers as before."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,20 @@ def test_what_inductor_makes_of_it_is_kept_in_its_cache(
         found = torch.compile(model, dynamic=False, fullgraph=True)(**inputs).last_hidden_state
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
     assert counters["inductor"]["fxgraph_cache_miss"] == 1 and not counters["inductor"]["fxgraph_cache_bypass"]
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_weights_that_are_joined_are_not_held_apart_too(*, ours: bool) -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in ("query", "key")})
+    model.forward = lambda inputs: model["query"](inputs) + model["key"](inputs)  # type: ignore[assignment]
+    if ours:
+        quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
+        read_eight_bits(model)
+    names = ("values", "scale") if ours else ("weight", "bias")
+    held = [weakref.ref(getattr(each, name)) for each in model.values() for name in names]
+    assert join_linears(model, {"inputs": torch.randn(3, 8)}) == 2
+    gc.collect()
+    assert not [each for each in held if each() is not None]
 
 
 class Twice(torch.nn.Module):
