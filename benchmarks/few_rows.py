@@ -1,4 +1,4 @@
-"""Products of few rows with int8 weights on a GPU, by tiles: what passes/_few_rows.py is planned by.
+"""Products of few rows with int8 weights on a GPU, by tiles: what targets/runtimes/few_rows.py is planned by.
 
     python benchmarks/few_rows.py [--json benchmarks/results/gpu-few-rows.json] [--rows 1 8 64 128 256]
 
@@ -40,7 +40,7 @@ def compiled(job: tuple[int, tuple[int, ...]]) -> float:
     """Have Triton compile a kernel into its cache. Returns its largest error, of the largest output."""
     import torch
 
-    from optimize.passes._few_rows import Plan, launch
+    from optimize.targets.runtimes.few_rows import Plan, launch
 
     rows, how = job
     left = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
@@ -77,7 +77,7 @@ def measured(rows: int, outputs: int, inputs: int) -> dict[str, Any]:
     import torch
     from torch.nn.functional import linear
 
-    from optimize.passes._few_rows import Plan, launch, plan
+    from optimize.targets.runtimes.few_rows import Plan, launch, plan
 
     copies = BEYOND_CACHES // (outputs * inputs) + 2
     left = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)

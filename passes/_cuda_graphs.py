@@ -60,7 +60,7 @@ def prepared(path: Path, settings: Mapping[str, Any], model: Any, inputs: dict[s
     """What computes as a folder's settings have it: the model, rewritten as it is called on `inputs` (patches, masks,
     linear layers), or what inductor makes of it, and has made of it in that folder.
     """
-    from optimize.passes._eight_bit_products import read_eight_bits
+    from optimize.targets.runtimes.eight_bits import read_eight_bits
 
     patches_as_products(model)
     if "attention_mask" not in inputs:

@@ -37,7 +37,7 @@ def _is_joined(layer: Any) -> bool:
     """Whether a module is a linear layer, with weights as they are or ours in int8."""
     import torch
 
-    from optimize.passes._eight_bit_products import EightBitLinear
+    from optimize.targets.runtimes.eight_bits import EightBitLinear
 
     plain = type(layer) is torch.nn.Linear and type(layer.weight) is torch.nn.Parameter
     return plain or type(layer) is EightBitLinear
@@ -47,7 +47,7 @@ def _one_of(layers: Sequence[Any]) -> Any:
     """A linear layer with the outputs of all, which are of one type."""
     import torch
 
-    from optimize.passes._eight_bit_products import EightBitLinear, joined
+    from optimize.targets.runtimes.eight_bits import EightBitLinear, joined
 
     if isinstance(layers[0], EightBitLinear):
         return joined(layers)

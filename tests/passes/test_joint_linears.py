@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from optimize.models.loading import load_model, sample_inputs
-from optimize.passes._eight_bit_products import EightBitLinear, read_eight_bits
 from optimize.passes._joint_linears import join_linears
+from optimize.targets.runtimes.eight_bits import EightBitLinear, read_eight_bits
 
 TASK = "feature-extraction"
 

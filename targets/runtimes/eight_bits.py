@@ -29,7 +29,7 @@ class EightBitLinear(torch.nn.Module):  # type: ignore[misc]
     def forward(self, inputs: Any) -> Any:
         rows = inputs.reshape(-1, self.in_features)
         if inputs.is_cuda and inputs.dtype in (torch.float16, torch.bfloat16) and len(rows) <= MOST:
-            from optimize.passes._few_rows import few_rows
+            from optimize.targets.runtimes.few_rows import few_rows
 
             product = few_rows(rows.contiguous(), self.values).sum(dim=0) * self.scale
         else:

@@ -17,8 +17,8 @@ from torchao.quantization import (
 
 from optimize.models.loading import load_model, sample_inputs
 from optimize.passes._compiled_calls import CompiledCalls
-from optimize.passes._eight_bit_products import MOST, EightBitLinear, read_eight_bits
 from optimize.passes._joint_linears import join_linears
+from optimize.targets.runtimes.eight_bits import MOST, EightBitLinear, read_eight_bits
 
 TASK = "feature-extraction"
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -113,7 +113,7 @@ def test_a_model_of_them_is_compiled_and_opened_without_a_trace(tiny: Path, tmp_
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_products_of_few_rows_are_exact_to_float32(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
-    from optimize.passes._few_rows import few_rows, plan
+    from optimize.targets.runtimes.few_rows import few_rows, plan
 
     torch.manual_seed(0)
     left = torch.randn(rows, inputs, device="cuda", dtype=dtype)
@@ -127,15 +127,15 @@ def test_products_of_few_rows_are_exact_to_float32(rows: int, outputs: int, inpu
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_few_rows_take_the_kernel_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    from optimize.passes import _few_rows
+    from optimize.targets.runtimes import few_rows as kernel
 
-    taken, few_rows = list[int](), _few_rows.few_rows
+    taken, few_rows = list[int](), kernel.few_rows
 
     def watched(left: Any, values: Any) -> Any:
         taken.append(len(left))
         return few_rows(left, values)
 
-    monkeypatch.setattr(_few_rows, "few_rows", watched)
+    monkeypatch.setattr(kernel, "few_rows", watched)
     model = layer(64, 96, torch.bfloat16).cuda()
     read_eight_bits(model)
     assert type(model[0]) is EightBitLinear
