@@ -14,6 +14,7 @@ from torchao.quantization import (
     PerGroup,
     quantize_,
 )
+from transformers import T5Config, T5EncoderModel
 
 from optimize.models.loading import load_model, sample_inputs
 from optimize.passes._compiled_calls import CompiledCalls
@@ -58,6 +59,21 @@ def test_sums_fit_into_float16() -> None:
     with torch.inference_mode():
         found = model(torch.ones(2, 4096, dtype=torch.float16))
     torch.testing.assert_close(found.float(), exact.expand(2, 4), atol=0, rtol=2e-3)
+
+
+def test_a_model_that_looks_at_its_weights_computes_on() -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
+    model = T5EncoderModel(T5Config(**sizes)).eval()  # its feed-forward layers cast to their weights' dtype
+    quantize_(model, WEIGHTS)
+    inputs = {"input_ids": torch.arange(12).view(2, 6)}
+    with torch.inference_mode():
+        expected = model(**inputs).last_hidden_state
+        assert read_eight_bits(model) == 12
+        found = model(**inputs).last_hidden_state
+        assert join_linears(model, inputs) == 6
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model(**inputs).last_hidden_state, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_other_quantized_layers_are_left_as_they_are(tiny: Path) -> None:

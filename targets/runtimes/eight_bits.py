@@ -18,11 +18,11 @@ UNIT = 128.0  # more than any value of weights
 class EightBitLinear(torch.nn.Module):  # type: ignore[misc]
     """[..., features in] -> [..., features out]."""
 
-    def __init__(self, values: Any, scale: Any, bias: Any) -> None:
+    def __init__(self, weight: Any, scale: Any, bias: Any) -> None:
         """Of [features out, features in] in int8, [features out] in float32, and a bias or None."""
         super().__init__()
-        self.out_features, self.in_features = values.shape
-        self.register_buffer("values", values)
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight)  # whose dtype some models look at, and leave their inputs alone
         self.register_buffer("scale", scale)
         self.bias = bias
 
@@ -31,9 +31,9 @@ class EightBitLinear(torch.nn.Module):  # type: ignore[misc]
         if inputs.is_cuda and inputs.dtype in (torch.float16, torch.bfloat16) and len(rows) <= MOST:
             from optimize.targets.runtimes.few_rows import few_rows
 
-            product = few_rows(rows.contiguous(), self.values).sum(dim=0) * self.scale
+            product = few_rows(rows.contiguous(), self.weight).sum(dim=0) * self.scale
         else:
-            weight = self.values.to(inputs.dtype) * (1 / UNIT)  # exactly; no sum is then too large for float16
+            weight = self.weight.to(inputs.dtype) * (1 / UNIT)  # exactly; no sum is then too large for float16
             product = torch.nn.functional.linear(rows, weight) * (self.scale * UNIT)
         found = product.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
         return found if self.bias is None else found + self.bias
@@ -41,10 +41,10 @@ class EightBitLinear(torch.nn.Module):  # type: ignore[misc]
 
 def joined(layers: Sequence[EightBitLinear]) -> EightBitLinear:
     """One layer with the outputs of all, of which all have a bias or none."""
-    values, scale = (torch.cat([getattr(each, name) for each in layers]) for name in ("values", "scale"))
+    weight, scale = (torch.cat([getattr(each, name) for each in layers]) for name in ("weight", "scale"))
     biases = [each.bias for each in layers if each.bias is not None]
     bias = torch.nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-    return EightBitLinear(values, scale, bias)
+    return EightBitLinear(weight, scale, bias)
 
 
 def read_eight_bits(model: Any) -> int:

@@ -87,7 +87,7 @@ def test_weights_that_are_joined_are_not_held_apart_too(*, ours: bool) -> None:
     if ours:
         quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
         read_eight_bits(model)
-    names = ("values", "scale") if ours else ("weight", "bias")
+    names = ("weight", "scale") if ours else ("weight", "bias")
     held = [weakref.ref(getattr(each, name)) for each in model.values() for name in names]
     assert join_linears(model, {"inputs": torch.randn(3, 8)}) == 2
     gc.collect()
