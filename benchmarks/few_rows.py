@@ -1,6 +1,6 @@
 """Products of few rows with int8 weights on a GPU, by tiles: what targets/runtimes/few_rows.py is planned by.
 
-    python benchmarks/few_rows.py [--json benchmarks/results/gpu-few-rows.json] [--rows 1 8 64 128 256]
+    python benchmarks/few_rows.py [--json benchmarks/results/gpu-few-rows.json] [--rows 1 8 16 64 256]
 
 The kernel with each plan, cuBLAS on weights in bfloat16, and inductor on int8 weights that it writes out first. Each is
 captured into a graph over copies of the weights that no cache holds; the fastest of three replays, per product.
@@ -16,6 +16,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from optimize.targets.runtimes.few_rows import FEW, Plan, launch, plan
+
 # outputs and inputs of the layers of Llama 1B's and 7B's shapes
 SHAPES = [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (32000, 2048),
           (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]  # fmt: skip
@@ -24,29 +26,32 @@ SHARED = 220_000  # bytes of shared memory that a plan may take
 BEST = 5  # plans of each shape that are kept
 
 
-def configurations(rows: int) -> Iterator[tuple[int, ...]]:
-    """Tiles, steps, warps and stages that are worth a try."""
-    for tile, step, warps, stages in itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (3, 4)):
-        taken = (2 * min(128, max(16, rows)) + 1.5 * tile) * step * stages
-        if 4096 <= tile * step <= 16384 and taken < SHARED and (tile > 32 or rows <= 16):
-            yield tile, step, warps, stages
+def configurations(rows: int) -> Iterator[Plan]:
+    """Plans that are worth a try, of one part."""
+    few = rows <= FEW
+    high = (8 if rows <= 8 else FEW) if few else min(128, 1 << (rows - 1).bit_length())
+    tiles, steps, warps = ((32, 64, 128), (128, 256), (2, 4)) if few else ((64, 128), (64, 128), (4, 8))
+    for tile, step, count, stages in itertools.product(tiles, steps, warps, (3, 4)):
+        taken = (2 * high + 1.5 * tile) * step * stages
+        if tile * step <= 32768 and taken < SHARED:
+            yield Plan(high, tile, step, count, stages)
 
 
-def parts_of(outputs: int, inputs: int, tile: int, step: int) -> list[int]:
-    return [1, *(parts for parts in (2, 4, 8) if -(-outputs // tile) * parts <= 1000 and inputs >= 2 * parts * step)]
+def parts_of(outputs: int, inputs: int, how: Plan) -> list[int]:
+    most = 2000 if how.rows <= FEW else 1000  # programs
+    return [1, *(parts for parts in (2, 4, 8) if -(-outputs // how.tile) * parts <= most
+                 and inputs >= 2 * parts * how.step)]  # fmt: skip
 
 
-def compiled(job: tuple[int, tuple[int, ...]]) -> float:
+def compiled(job: tuple[int, Plan]) -> float:
     """Have Triton compile a kernel into its cache. Returns its largest error, of the largest output."""
     import torch
-
-    from optimize.targets.runtimes.few_rows import Plan, launch
 
     rows, how = job
     left = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
     values = torch.randint(-127, 128, (256, 4096), dtype=torch.int8, device="cuda")
     exact = left.float() @ values.float().t()
-    return float((launch(left, values, Plan(*how, 2)).sum(0) - exact).abs().max() / exact.abs().max())
+    return float((launch(left, values, how._replace(parts=2)).sum(0) - exact).abs().max() / exact.abs().max())
 
 
 def microseconds(calls: list[Callable[[], Any]]) -> float:
@@ -77,8 +82,6 @@ def measured(rows: int, outputs: int, inputs: int) -> dict[str, Any]:
     import torch
     from torch.nn.functional import linear
 
-    from optimize.targets.runtimes.few_rows import Plan, launch, plan
-
     copies = BEYOND_CACHES // (outputs * inputs) + 2
     left = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
     weights = torch.randint(-127, 128, (copies, outputs, inputs), dtype=torch.int8, device="cuda")
@@ -89,7 +92,7 @@ def measured(rows: int, outputs: int, inputs: int) -> dict[str, Any]:
     def ours(how: Plan) -> float:
         return microseconds([lambda each=each: launch(left, each, how) for each in weights])
 
-    plans = [Plan(*how, parts) for how in configurations(rows) for parts in parts_of(outputs, inputs, *how[:2])]
+    plans = [how._replace(parts=parts) for how in configurations(rows) for parts in parts_of(outputs, inputs, how)]
     planned = plan(rows, outputs, inputs)
     return {
         "rows": rows, "outputs": outputs, "inputs": inputs,
@@ -102,7 +105,7 @@ def measured(rows: int, outputs: int, inputs: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 64, 128, 256])
+    parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 16, 64, 256])
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "gpu-few-rows.json")
     arguments = parser.parse_args()
     jobs = [(rows, how) for rows in arguments.rows for how in configurations(rows)]
@@ -114,7 +117,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/few_rows.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "plan": "outputs of a tile, inputs of a step, warps, stages, parts", "microseconds": [],
+        "plan": Plan._fields, "microseconds": [],
     }  # fmt: skip
     for rows, (outputs, inputs) in itertools.product(arguments.rows, SHAPES):
         one = measured(rows, outputs, inputs)

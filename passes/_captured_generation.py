@@ -36,7 +36,7 @@ class CapturedSteps:
         self.model, self._call, self._room = model, call, 0
         self._zeros: Any = lambda *sizes, dtype=torch.int64: torch.zeros(sizes, dtype=dtype, device=model.device)
         self.tokens = self._zeros(self.batch, 1)
-        self._slot = self._zeros(1)  # of the cache, that the next token takes
+        self._slot = self._zeros(1)  # of the cache, that the next tokens take from there on
         self._seen = self._zeros(self.batch, self.length, dtype=torch.bool)  # slots of it that are attended to
         self._cache = self.new_cache()
 
@@ -66,7 +66,7 @@ class CapturedSteps:
         self._room -= 1
 
     def new_cache(self) -> Any:
-        """Empty: its tensors are made at the first call."""
+        """Empty: its tensors are made at the first call. All layers write where `_slot` says."""
         from transformers import StaticCache
 
         cache = StaticCache(config=self.model.config, max_cache_len=self.length)
@@ -76,6 +76,7 @@ class CapturedSteps:
                 f"a cell of {self.length} tokens is longer than the {window} that some layers attend to: a captured "
                 "cache keeps all"
             )
+        cache.layers = [slot_layer(self.length, self._slot) for _ in cache.layers]
         return cache
 
     def fill(self, *inputs: Any) -> None:
@@ -83,7 +84,7 @@ class CapturedSteps:
         raise NotImplementedError
 
     def read(self) -> Any:
-        """Logits behind the prompt, [batch, vocabulary]; the cache is to be overwritten from its start."""
+        """Logits behind the prompt, [batch, vocabulary], which the cache takes from its start."""
         raise NotImplementedError
 
     def append(self, mask: Any) -> Any:
@@ -101,8 +102,9 @@ class CapturedSteps:
 
     def _take_prompt(self) -> None:
         self._seen.zero_()
-        self._slot.fill_(self.prompt)
+        self._slot.zero_()
         self._keep(self.read())
+        self._slot.fill_(self.prompt)
 
     def _take_step(self) -> None:
         self._seen.index_fill_(1, self._slot, True)
@@ -135,7 +137,6 @@ class LanguageSteps(CapturedSteps):
     def read(self) -> Any:
         import torch
 
-        _restart(self._cache)
         self._seen[:, : self.prompt] = self._mask
         places = torch.arange(self.length, device=self._ids.device)
         earlier, own = (compare(places, places[: self.prompt, None]) for compare in (torch.le, torch.eq))
@@ -182,8 +183,8 @@ class SpeechSteps(CapturedSteps):
     def read(self) -> Any:
         import torch
 
-        _restart(self._cache.self_attention_cache)
-        _restart(self._cache.cross_attention_cache)
+        for layer in self._cache.cross_attention_cache.layers:
+            layer.cumulative_length.zero_()  # each clip's keys take it whole
         self._cache.is_updated = dict.fromkeys(self._cache.is_updated, False)
         self._seen[:, : self.prompt] = True
         places = torch.arange(self.length, device=self._seen.device)
@@ -232,9 +233,33 @@ class CapturedGeneration:
         return None if shape is None else self._steps[shape]
 
 
+def slot_layer(length: int, slot: Any) -> Any:
+    """A layer of transformers' static cache that writes from a slot on which all layers have in common, of [1]: each
+    would count its own, by a kernel in every step.
+    """
+    import torch
+    from transformers.cache_utils import StaticLayer
+
+    class SlotLayer(StaticLayer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(max_cache_len=length)
+            self.slot = slot
+
+        def update(self, keys: Any, values: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+            places = self.slot + torch.arange(keys.shape[2], device=keys.device)
+            self.keys.index_copy_(2, places, keys)
+            self.values.index_copy_(2, places, values)
+            return self.keys, self.values
+
+    return SlotLayer()
+
+
 def group_heads(model: Any) -> None:
     """Have the heads of a step's query that share keys attend as rows of one query: by default, with a mask, keys and
-    values are copied for each of them, which is most of what a step of a large batch reads.
+    values are copied for each of them, which is most of what a step of a large batch reads. On a GPU by a kernel of
+    ours, in which torch's have little to do for each sequence, and start late.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -248,16 +273,24 @@ def group_heads(model: Any) -> None:
 
 def _grouped(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
     """As transformers' attention functions: [batch, heads, tokens, size] each, the answer with tokens before heads."""
+    import torch
     from torch.nn.functional import scaled_dot_product_attention
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     batch, heads, tokens, size = query.shape
     shared = key.shape[1]
-    plain = mask is not None and mask.shape[1] == 1 and options.get("position_bias") is None
-    if tokens > 1 or heads == shared or not plain or options.get("softcap") is not None:
+    plain = tokens == 1 and options.get("position_bias") is None and options.get("softcap") is None
+    plain = plain and (mask is None or (mask.shape[1] == 1 and mask.dtype is torch.bool))
+    ours = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and value.shape[-1] == size
+    if not plain or not (ours or (mask is not None and heads > shared)):
         return sdpa_attention_forward(module, query, key, value, mask, **options)
-    rows = query.view(batch, shared, heads // shared, size)
-    found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=options.get("scaling"))
+    rows, scale = query.view(batch, shared, heads // shared, size), options.get("scaling")
+    if ours:
+        from optimize.targets.runtimes.one_query import attended
+
+        found = attended(rows, key, value, mask, size**-0.5 if scale is None else scale)
+    else:
+        found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
     return found.reshape(batch, 1, heads, value.shape[-1]), None
 
 
@@ -279,12 +312,3 @@ def _silence(model: Any, batch: int) -> Any:
 
     sizes = (batch, model.config.num_mel_bins, 2 * model.config.max_source_positions)
     return torch.zeros(sizes, dtype=model.dtype, device=model.device)
-
-
-def _restart(cache: Any) -> None:
-    """Have a static cache be filled from its start again."""
-    for layer in cache.layers:
-        if layer.is_initialized:
-            layer.cumulative_length.zero_()
-            if hasattr(layer, "cumulative_length_int"):  # of layers with a window
-                layer.cumulative_length_int = 0

@@ -50,6 +50,9 @@ class QuantizeLlmCompressor(Pass):
             return f"{target.device} has no float8_e4m3fn arithmetic"
         if "awq" in self.mode and not target.gpus:
             return "its AWQ runs on GPUs alone, and here is none"
+        sizes = checkpoint.dimensions.hidden, checkpoint.dimensions.intermediate
+        if "int4" in self.mode and (cut := next((size for size in sizes if size % self.group), None)):
+            return f"rows of {cut} weights are no whole groups of {self.group}: a smaller group may fit"
         return None
 
     def memory(self, checkpoint: Checkpoint) -> int:

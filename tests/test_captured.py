@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,62 @@ def test_prompts_of_any_lengths_are_continued_as_eager_does(
     assert ((2, 2) in grouped) is (architecture in GROUPING)  # their four heads over two of keys
     # compiled, too, where transformers would copy keys
     assert (captured.model.config._attn_implementation == GROUPED) is (architecture != "GPTJForCausalLM")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "shared", "group", "size", "length"),
+    [(1, 8, 4, 128, 160), (3, 2, 1, 80, 33), (2, 2, 3, 64, 700), (1, 1, 20, 256, 1100), (64, 8, 4, 64, 80)],
+)
+def test_one_query_attends_as_torch_does_in_more_bits(
+    batch: int, shared: int, group: int, size: int, length: int, masked: bool, dtype: torch.dtype
+) -> None:
+    from optimize.targets.runtimes.one_query import attended
+
+    torch.manual_seed(0)
+    draw = partial(torch.randn, device="cuda", dtype=dtype)
+    query, key, value = draw(batch, shared, group, size), *(draw(batch, shared, 2 * length, size) for _ in range(2))
+    key, value = key[:, :, ::2], value[:, :, :length]  # of any strides, but for the last axis
+    mask = torch.rand(batch, 1, 1, length, device="cuda") > 0.4 if masked else None
+    if mask is not None:
+        mask[-1, ..., : 2 * length // 3] = False  # whole parts that nothing is attended to in
+    scale = 0.7 * size**-0.5
+    inputs = (each.double() for each in (query, key, value))
+    exact = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale)
+    found = attended(query, key, value, mask, scale)
+    assert found.dtype == dtype
+    error = 4e-3 if dtype is torch.bfloat16 else 1e-3
+    torch.testing.assert_close(found.double(), exact, atol=error * float(exact.abs().max()), rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_in_16_bits_attend_by_a_kernel_of_their_own(
+    make_language_model: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    from optimize.targets.runtimes import one_query
+
+    calls, attend = list[int](), one_query.attended
+
+    def watched(query: torch.Tensor, key: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append(key.shape[2])
+        return attend(query, key, *rest)
+
+    folder = make_language_model()
+    half = shutil.copytree(folder, tmp_path / "half")
+    load_model(folder, TEXT).to(torch.bfloat16).save_pretrained(half)
+    monkeypatch.setattr(one_query, "attended", watched)
+    plain, captured = opened(half, tmp_path / "a", TEXT, [(2, 12, 5)], "cuda", compiled=compiled)
+    assert calls and set(calls) == {17}
+    prompts = [TOKENS[:12], TOKENS[12:19]]
+    wanted, found = plain.prefill(prompts, 5), captured.prefill(prompts, 5)
+    for column in range(4):
+        np.testing.assert_allclose(found, wanted, atol=0.1 * float(np.abs(wanted).max()))
+        wanted, found = plain.step(np.full(2, 7 + column)), captured.step(np.full(2, 7 + column))
 
 
 def test_what_makes_positions_of_a_mask_is_left_out(make_language_model: MakeCheckpoint) -> None:

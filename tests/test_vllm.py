@@ -178,4 +178,8 @@ def test_what_quantizes_says_where_it_cannot() -> None:
     assert "no float8_e4m3fn" in str(QuantizeLlmCompressor(mode="fp8-static").requires(MODEL, host))
     assert "runs on GPUs alone" in str(QuantizeLlmCompressor(mode="int4-awq").requires(MODEL, host))
     assert QuantizeLlmCompressor(mode="int8").requires(MODEL, host) is None
+    odd = replace(MODEL, dimensions=replace(MODEL.dimensions, hidden=576, intermediate=1536))
+    assert "rows of 576 weights" in str(QuantizeLlmCompressor(mode="int4").requires(odd, H100))
+    assert QuantizeLlmCompressor(mode="int4", group=64).requires(odd, H100) is None
+    assert QuantizeLlmCompressor(mode="int8").requires(odd, H100) is None
     assert QuantizeLlmCompressor(mode="int4").calibrated and not QuantizeLlmCompressor().calibrated

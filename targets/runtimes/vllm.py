@@ -28,7 +28,7 @@ from optimize.pipeline.errors import HostError
 from optimize.pipeline.sessions import Generation
 from optimize.targets.runtimes.replicas import Replicas
 
-FREE = 0.95  # of the GPU's memory that is free: what vLLM may take
+FREE = 0.5  # of the GPU's memory that is free: what vLLM has to find where it starts; its cache has a size of its own
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
 
 
