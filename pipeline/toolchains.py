@@ -34,7 +34,7 @@ PROBE_LIMIT, IMPORT_LIMIT = 60.0, 300.0  # seconds
 _PROBE = """
 import json, sys
 from importlib.metadata import distributions
-found = [(each.metadata["Name"], each.version) for each in distributions()]
+found = [(each.metadata["Name"], each.version) for each in distributions()]  # in the order in which imports look
 python = ".".join(map(str, sys.version_info[:3]))
 print(json.dumps({"python": python, "packages": [pair for pair in found if all(pair)]}))
 """
@@ -199,7 +199,8 @@ def probe(python: Path) -> tuple[str, dict[str, str]]:
     lines = _output([python, "-c", _PROBE], PROBE_LIMIT).splitlines()
     try:
         answer = json.loads(lines[-1])
-        return str(answer["python"]), {canonicalize_name(name): str(version) for name, version in answer["packages"]}
+        packages = reversed(answer["packages"])  # of two of one name, the first is imported
+        return str(answer["python"]), {canonicalize_name(name): str(version) for name, version in packages}
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError("it does not answer as Python does") from error
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import venv
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,7 +25,7 @@ from optimize.pipeline.keys import step_key
 from optimize.pipeline.plan import make_plan
 from optimize.pipeline.recipe import parse
 from optimize.pipeline.toolchain_files import Toolchain, locked, read_toolchain, toolchain_names
-from optimize.pipeline.toolchains import Environment, Toolchains, worker_environment
+from optimize.pipeline.toolchains import Environment, Toolchains, probe, python_in, worker_environment
 from optimize.pipeline.workers import WorkerProcess
 from tests.conftest import HEADER, QUICK, Cli, Install
 
@@ -386,6 +387,17 @@ def test_an_interpreter_may_be_named(
     monkeypatch.setenv(VARIABLE, sys.executable)
     assert install(Toolchains(cache), NAME) == found
     assert not (cache / "toolchains").exists()
+
+
+def test_of_two_distributions_of_one_name_the_one_that_is_imported_counts(tmp_path: Path) -> None:
+    venv.create(tmp_path / "env", with_pip=False)
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    for folder, version in (("first", "2.0"), ("second", "1.0")):
+        info = tmp_path / folder / f"twice-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: Twice\nVersion: {version}\n")
+    (site / "both.pth").write_text(f"{tmp_path / 'first'}\n{tmp_path / 'second'}\n")
+    assert probe(python_in(tmp_path / "env"))[1]["twice"] == "2.0"
 
 
 @pytest.mark.parametrize(
