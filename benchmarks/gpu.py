@@ -126,6 +126,7 @@ REJECTED = (
     "bitsandbytes-int8",
     "cast-dtype,quantize-torchao{mode=weights},compile-cuda{compile=false}",
 )
+TIMED = ("speed", "roofs", "throughput", "scaling", "first_seconds")  # of a candidate, beside others
 QUANTIZED = ("vllm-int8", "vllm-int4", "vllm-int4-awq")
 QUANTIZED_SMALL = ("vllm-fp8-static", "vllm-int8")  # no rows of whole groups of 128, which vLLM's four bits take
 SEVEN = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
@@ -194,7 +195,10 @@ def judged(names: Sequence[str], scratch: Path) -> dict[str, Any]:
     for (name, recipe, path), end in zip(jobs, ends, strict=True):
         report = json.loads(path.read_text()) if path.is_file() else {}
         for each in report.get("candidates", []):
-            each.pop("speed", None)
+            for timed in TIMED:
+                each.pop(timed, None)
+            if each["status"] not in ("inaccurate", "broken", "not built"):
+                each |= {"status": "accurate", "reason": ""}
         found.setdefault(name, {})[recipe] = {"exit_code": end.returncode, "report": report}
     return found
 

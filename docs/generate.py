@@ -35,14 +35,14 @@ What has no line above is not in this version. What is, but was never run, or on
 
 | what | state |
 |---|---|
-| target `gpu` | on an H100 (torch 2.11), with its tests, and on no other GPU |
-| `compile-cuda` | on an H100: text, images and language to the end, speech up to emission |
+| target `gpu` | on an H100 (torch 2.11), with its tests; on an H200 generation, with its own; on no other GPU |
+| `compile-cuda` | on an H100: text, images and language to the end; speech there and on an H200 up to emission |
 | target `multi-gpu` | written; run with two processes of vLLM on a processor alone (tensor parallel, and two copies) |
 | `shard-tensors` | run with two processes on a processor (gloo; transformers 5.17 and 5.23); on GPUs (NCCL): not run |
 | the eager model over several GPUs | where one does not hold it: written; its plan is tested, never run |
-| `quantize-llm-compressor` | int8 and int4 (GPTQ) on a processor; fp8, AWQ, and all of it on a GPU: not run |
+| `quantize-llm-compressor` | on an H200, served and judged, but for mode fp8 (on a processor, by hand) |
 | `quantize-bitsandbytes`, `quantize-torchao` | on an H100: tests of small models, and two whole runs |
-| vLLM | 0.24 on an H100, 0.32 on a processor; fp8 judged there, timed by hand; its lock was not installed |
+| vLLM | 0.24 on an H100 and an H200, 0.32 on a processor; its own fp8 timed by hand; its lock was not installed |
 | TensorRT-LLM | `build-tensorrt-llm` is written after its source; only run against a stand-in for it |
 | TensorRT | `build-tensorrt` and its runtime are written; TensorRT's own libraries were not there to run them |
 | TensorRT for RTX | engines are built here; none was run, for want of an RTX GPU, nor inspected, for want of a driver |
@@ -51,7 +51,7 @@ What has no line above is not in this version. What is, but was never run, or on
 | OpenVINO Model Server | not run here: a language model in OpenVINO is run by openvino-genai |
 | Ollama | written after its documentation and source of August 2026; only run against a stand-in, never a real Ollama |
 | image classifiers | on a processor: ViT, ResNet and ConvNeXT; on an H100: ViT |
-| speech models | Whisper, on a processor, and on an H100 up to emission; not in a toolchain; no timestamps |
+| speech models | Whisper, on a processor, and on GPUs up to emission; not in a toolchain; no timestamps |
 | other encoder-decoders, CTC | not in this version: no task for them |
 | huggingface.co itself | hub ids are tested against a local server that answers the hub's API only |
 | Xet transfers | left to huggingface_hub; the local server does not offer them |

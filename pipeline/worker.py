@@ -324,6 +324,7 @@ def main() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(os.environ.pop("OPTIMIZE_PARENT")):
             sys.exit("the parent died before the worker began")
+    gc.set_threshold(50_000, 20, 100)  # imports make much, and next to none of it is garbage
     requests = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a compiler that reads its standard input must not wait for ever
     with os.fdopen(requests) as lines, os.fdopen(int(os.environ.pop("OPTIMIZE_ANSWERS")), "w") as answers:
