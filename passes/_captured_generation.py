@@ -17,9 +17,8 @@ from typing import Any
 from optimize.models.checkpoint import max_length, read_config
 from optimize.models.speech import NEVER, WRITTEN, Decoding, read_decoding
 from optimize.passes._cuda_graphs import Shape, attending, captured, fitting, prepared, read_settings
+from optimize.passes._grouped_heads import GROUPED, group_heads
 from optimize.pipeline.contract import Cell
-
-GROUPED = "grouped"  # the name of our attention for transformers
 
 
 class CapturedSteps:
@@ -254,44 +253,6 @@ def slot_layer(length: int, slot: Any) -> Any:
             return self.keys, self.values
 
     return SlotLayer()
-
-
-def group_heads(model: Any) -> None:
-    """Have the heads of a step's query that share keys attend as rows of one query: by default, with a mask, keys and
-    values are copied for each of them, which is most of what a step of a large batch reads. On a GPU by a kernel of
-    ours, in which torch's have little to do for each sequence, and start late.
-    """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if model.config._attn_implementation != "sdpa":
-        return
-    ALL_ATTENTION_FUNCTIONS.register(GROUPED, _grouped)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    model.set_attn_implementation(GROUPED)
-
-
-def _grouped(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-    """As transformers' attention functions: [batch, heads, tokens, size] each, the answer with tokens before heads."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    batch, heads, tokens, size = query.shape
-    shared = key.shape[1]
-    plain = tokens == 1 and options.get("position_bias") is None and options.get("softcap") is None
-    plain = plain and (mask is None or (mask.shape[1] == 1 and mask.dtype is torch.bool))
-    ours = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and value.shape[-1] == size
-    if not plain or not (ours or (mask is not None and heads > shared)):
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
-    rows, scale = query.view(batch, shared, heads // shared, size), options.get("scaling")
-    if ours:
-        from optimize.targets.runtimes.one_query import attended
-
-        found = attended(rows, key, value, mask, size**-0.5 if scale is None else scale)
-    else:
-        found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
-    return found.reshape(batch, 1, heads, value.shape[-1]), None
 
 
 def language_shapes(workload: Sequence[Cell]) -> list[Shape]:

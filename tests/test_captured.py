@@ -15,8 +15,9 @@ from optimize.models.checkpoint import resolve
 from optimize.models.loading import load_model
 from optimize.models.speech import encode_all
 from optimize.models.tasks import Examples
-from optimize.passes._captured_generation import GROUPED, language_shapes, speech_shapes
+from optimize.passes._captured_generation import language_shapes, speech_shapes
 from optimize.passes._cuda_graphs import COMPILED, GRAPHS
+from optimize.passes._grouped_heads import GROUPED
 from optimize.passes.compile_cuda import CompileCuda
 from optimize.pipeline.batches import SOUND
 from optimize.pipeline.contract import Array, Cell, Target

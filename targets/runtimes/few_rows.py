@@ -44,7 +44,9 @@ class Plan(NamedTuple):
 
 
 def plan(rows: int, outputs: int, length: int) -> Plan:
-    """What was fast on an H200 (benchmarks/results/gpu-few-rows.json), and fits the shared memory of others, too."""
+    """What was fast on an H200 (benchmarks/results/gpu-few-rows-orientations.json), and fits the shared memory of
+    others, too.
+    """
     if rows <= FEW:
         found = Plan(8 if rows <= 8 else FEW, 32, 128, warps=2, stages=4)
     elif rows <= 64:

@@ -1,0 +1,47 @@
+"""Heads of a step's query that share keys attend as rows of one query.
+
+By default, with a mask, keys and values are copied for each of them, which is most of what a step of a large batch
+reads. On a GPU a kernel of ours computes it in 16 bits: torch's have one program for each sequence and head of keys.
+Source: https://huggingface.co/docs/transformers/attention_interface
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+GROUPED = "grouped"  # the name of this attention for transformers
+
+
+def group_heads(model: Any) -> None:
+    """Have a model attend so, where it attends by torch's function."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if model.config._attn_implementation != "sdpa":
+        return
+    ALL_ATTENTION_FUNCTIONS.register(GROUPED, _grouped)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation(GROUPED)
+
+
+def _grouped(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    """As transformers' attention functions: [batch, heads, tokens, size] each, the answer with tokens before heads."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    batch, heads, tokens, size = query.shape
+    shared = key.shape[1]
+    plain = tokens == 1 and options.get("position_bias") is None and options.get("softcap") is None
+    common = mask is None or (mask.shape[1] == 1 and mask.dtype is torch.bool)
+    ours = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and value.shape[-1] == size
+    if not (plain and common) or not (ours or (mask is not None and heads > shared)):
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    rows, scale = query.view(batch, shared, heads // shared, size), options.get("scaling")
+    if ours:
+        from optimize.targets.runtimes.one_query import attended
+
+        found = attended(rows, key, value, mask, size**-0.5 if scale is None else scale)
+    else:
+        found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+    return found.reshape(batch, 1, heads, value.shape[-1]), None
