@@ -65,17 +65,14 @@ class CapturedSteps:
         self._room -= 1
 
     def new_cache(self) -> Any:
-        """Empty: its tensors are made at the first call. All layers write where `_slot` says."""
-        from transformers import StaticCache
-
-        cache = StaticCache(config=self.model.config, max_cache_len=self.length)
+        """Empty: its tensors are made at the first call. It is reset before a prompt is read."""
+        cache = slotted(self.model.config, self.length, self._slot)
         window = min((layer.max_cache_len for layer in cache.layers), default=self.length)
         if window < self.length:
             raise ValueError(
                 f"a cell of {self.length} tokens is longer than the {window} that some layers attend to: a captured "
                 "cache keeps all"
             )
-        cache.layers = [slot_layer(self.length, self._slot) for _ in cache.layers]
         return cache
 
     def fill(self, *inputs: Any) -> None:
@@ -136,6 +133,7 @@ class LanguageSteps(CapturedSteps):
     def read(self) -> Any:
         import torch
 
+        self._cache.reset()
         self._seen[:, : self.prompt] = self._mask
         places = torch.arange(self.length, device=self._ids.device)
         earlier, own = (compare(places, places[: self.prompt, None]) for compare in (torch.le, torch.eq))
@@ -170,10 +168,10 @@ class SpeechSteps(CapturedSteps):
         )
 
     def new_cache(self) -> Any:
-        from transformers import EncoderDecoderCache, StaticCache
+        from transformers import EncoderDecoderCache
 
         config = self.model.config
-        return EncoderDecoderCache(super().new_cache(), StaticCache(config, max_cache_len=config.max_source_positions))
+        return EncoderDecoderCache(super().new_cache(), slotted(config, config.max_source_positions, self._zeros(1)))
 
     def fill(self, sounds: Any) -> None:
         self._sounds.zero_()
@@ -182,9 +180,7 @@ class SpeechSteps(CapturedSteps):
     def read(self) -> Any:
         import torch
 
-        for layer in self._cache.cross_attention_cache.layers:
-            layer.cumulative_length.zero_()  # each clip's keys take it whole
-        self._cache.is_updated = dict.fromkeys(self._cache.is_updated, False)
+        self._cache.reset()
         self._seen[:, : self.prompt] = True
         places = torch.arange(self.length, device=self._seen.device)
         mask = (places <= places[: self.prompt, None]).expand(self.batch, 1, self.prompt, self.length)
@@ -232,15 +228,16 @@ class CapturedGeneration:
         return None if shape is None else self._steps[shape]
 
 
-def slot_layer(length: int, slot: Any) -> Any:
-    """A layer of transformers' static cache that writes from a slot on which all layers have in common, of [1]: each
-    would count its own, by a kernel in every step.
+def slotted(config: Any, length: int, slot: Any) -> Any:
+    """A static cache of transformers' in which layers that have keys and values alone write from a slot on, of [1],
+    which they have in common: each would count its own, by a kernel in every step.
     """
     import torch
-    from transformers.cache_utils import StaticLayer
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
     class SlotLayer(StaticLayer):  # type: ignore[misc]
-        def __init__(self) -> None:
+        def __init__(self, length: int) -> None:
             super().__init__(max_cache_len=length)
             self.slot = slot
 
@@ -252,7 +249,15 @@ def slot_layer(length: int, slot: Any) -> Any:
             self.values.index_copy_(2, places, values)
             return self.keys, self.values
 
-    return SlotLayer()
+        def get_seq_length(self) -> Any:
+            return self.slot[0] if self.is_initialized else 0
+
+        def reset(self) -> None:
+            """What is in it is overwritten, or not attended to."""
+
+    cache, plain = StaticCache(config=config, max_cache_len=length), (StaticLayer, StaticSlidingWindowLayer)
+    cache.layers = [SlotLayer(each.max_cache_len) if type(each) in plain else each for each in cache.layers]
+    return cache
 
 
 def language_shapes(workload: Sequence[Cell]) -> list[Shape]:

@@ -24,13 +24,14 @@ def group_heads(model: Any) -> None:
     model.set_attn_implementation(GROUPED)
 
 
-def _grouped(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+def _grouped(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
     """As transformers' attention functions: [batch, heads, tokens, size] each, the answer with tokens before heads."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     batch, heads, tokens, size = query.shape
+    mask = attention_mask  # by whose name some models give it
     shared = key.shape[1]
     plain = tokens == 1 and options.get("position_bias") is None and options.get("softcap") is None
     common = mask is None or (mask.shape[1] == 1 and mask.dtype is torch.bool)

@@ -79,6 +79,11 @@ def _join(model: Any, linears: dict[str, Any]) -> int:
             super().__init__()
             self.joint, self.start, self.end = joint, start, end
 
+        @property
+        def weight(self) -> Any:
+            """What the layer had, for models that compute with it otherwise, too."""
+            return self.joint.linear.weight[self.start : self.end]
+
         def forward(self, inputs: Any) -> Any:
             joint = self.joint
             if self.start == 0:

@@ -32,13 +32,19 @@ TEXT, SPEECH = "text-generation", "automatic-speech-recognition"
 TOKENS = np.random.default_rng(0).integers(5, 500, 60)
 CELLS = (Cell(1, 8, 6), Cell(3, 12, 5))
 GROUPING = ("LlamaForCausalLM", "MistralForCausalLM")
-# the third has a window that is longer than any cell, the last attention that is not torch's
+# the third has a window that is longer than any cell, the fourth attention that is not torch's, the last layers that
+# keep more than keys and values, and products whose weights it also takes by themselves
 ARCHITECTURES: dict[str, dict[str, int]] = {
     "LlamaForCausalLM": {},
     "GPT2LMHeadModel": {},
     "MistralForCausalLM": {"sliding_window": 64},
     "GPTJForCausalLM": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 8},
-}
+    "DeepseekV32ForCausalLM": {
+        "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+        "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "index_n_heads": 4, "index_head_dim": 16,
+    },
+}  # fmt: skip
 
 
 def opened(folder: Path, out: Path, task: str, shapes: Any, device: str, *, compiled: bool = False) -> tuple[Any, Any]:

@@ -39,8 +39,9 @@ def run(model: Any, inputs: dict[str, Any]) -> tuple[Any, int]:
 def test_queries_keys_and_values_are_one_product(tiny: Path) -> None:
     model, inputs = load_model(tiny, TASK), sample_inputs(tiny)
     expected, before = run(model, inputs)
-    layers = model.config.num_hidden_layers
+    layers, key = model.config.num_hidden_layers, model.encoder.layer[1].attention.self.key.weight.clone()
     assert join_linears(model, inputs) == 3 * layers
+    assert torch.equal(model.encoder.layer[1].attention.self.key.weight, key)  # for whoever computes with it otherwise
     found, after = run(model, inputs)
     assert after == before - 2 * layers
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
