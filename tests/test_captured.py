@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,17 @@ DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 TEXT, SPEECH = "text-generation", "automatic-speech-recognition"
 TOKENS = np.random.default_rng(0).integers(5, 500, 60)
 CELLS = (Cell(1, 8, 6), Cell(3, 12, 5))
+ELSEWHERE = """
+import json, logging, sys
+from pathlib import Path
+import numpy as np
+from optimize.models.loading import load_model
+from optimize.targets.runtimes.cuda_graphs import open_generation
+logging.basicConfig()
+folder, prompts = Path(sys.argv[1]), [np.array(each) for each in json.loads(sys.argv[2])]
+session = open_generation(folder, load_model(folder, "text-generation", device="cuda"))
+print(json.dumps(session.generate(prompts, 5).tokens.tolist()))
+"""
 GROUPING = ("LlamaForCausalLM", "MistralForCausalLM")
 # the third has a window that is longer than any cell, the fourth attention that is not torch's, the last layers that
 # keep more than keys and values, and products whose weights it also takes by themselves
@@ -144,6 +157,12 @@ def test_steps_in_16_bits_attend_by_a_kernel_of_their_own(
     for column in range(4):
         np.testing.assert_allclose(found, wanted, atol=0.1 * float(np.abs(wanted).max()))
         wanted, found = plain.step(np.full(2, 7 + column)), captured.step(np.full(2, 7 + column))
+    if compiled:  # another process knows nothing but what was kept
+        captured._captured.call.save(tmp_path / "a" / COMPILED)
+        command = [sys.executable, "-c", ELSEWHERE, tmp_path / "a", json.dumps([each.tolist() for each in prompts])]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout) == captured.generate(prompts, 5).tokens.tolist()
+        assert "compiled again" not in done.stderr
 
 
 def test_what_makes_positions_of_a_mask_is_left_out(make_language_model: MakeCheckpoint) -> None:

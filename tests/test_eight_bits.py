@@ -50,14 +50,16 @@ def test_products_are_torchaos(dtype: torch.dtype, *, bias: bool) -> None:
     torch.testing.assert_close(found.float(), expected, atol=8 * rounding, rtol=4 * rounding)
 
 
-def test_sums_fit_into_float16() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4096, 4, bias=False)).half()
-    model[0].weight.data.fill_(0.01)
+@pytest.mark.parametrize(("weight", "given"), [(0.01, 1.0), (0.09, 10.0), (1e-4, 1000.0), (2.0, 1.0), (0.0, 1.0)])
+def test_sums_fit_into_float16(weight: float, given: float) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8192, 4, bias=False)).half()
+    model[0].weight.data.fill_(weight)
     quantize_(model, WEIGHTS)
-    exact = model[0].weight.dequantize().float().sum(dim=1)
+    exact = model[0].weight.dequantize().float().sum(dim=1) * given
+    assert exact.abs().max() < 65504
     read_eight_bits(model)
     with torch.inference_mode():
-        found = model(torch.ones(2, 4096, dtype=torch.float16))
+        found = model(torch.full((2, 8192), given, dtype=torch.float16))
     torch.testing.assert_close(found.float(), exact.expand(2, 4), atol=0, rtol=2e-3)
 
 

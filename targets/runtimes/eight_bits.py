@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 MOST = 256  # rows of inputs: with more, writing weights out costs less than a kernel that is not cuBLAS's
-UNIT = 128.0  # more than any value of weights
+LEAST = -23  # exponent of the least power of two that int8 weights are multiplied by: float16 has no smaller numbers
 
 
 class EightBitLinear(torch.nn.Module):  # type: ignore[misc]
@@ -24,6 +24,9 @@ class EightBitLinear(torch.nn.Module):  # type: ignore[misc]
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight)  # whose dtype some models look at, and leave their inputs alone
         self.register_buffer("scale", scale)
+        # the power of two in each scale: by it weights become 16 bits exactly, and sums are as large as the outputs
+        power = torch.exp2((torch.frexp(scale).exponent - 1).clamp(min=LEAST).to(scale.dtype))
+        self.register_buffer("power", power)
         self.bias = bias
 
     def forward(self, inputs: Any) -> Any:
@@ -33,8 +36,8 @@ class EightBitLinear(torch.nn.Module):  # type: ignore[misc]
 
             product = few_rows(rows.contiguous(), self.weight).sum(dim=0) * self.scale
         else:
-            weight = self.weight.to(inputs.dtype) * (1 / UNIT)  # exactly; no sum is then too large for float16
-            product = torch.nn.functional.linear(rows, weight) * (self.scale * UNIT)
+            weight = self.weight.to(inputs.dtype) * self.power.to(inputs.dtype)[:, None]
+            product = torch.nn.functional.linear(rows, weight) * (self.scale / self.power)
         found = product.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
         return found if self.bias is None else found + self.bias
 

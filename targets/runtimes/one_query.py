@@ -23,6 +23,7 @@ def attended(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
     of keys, tokens, size] and a mask of [batch, 1, 1, tokens] (True: attended to) or None: as the query.
     """
     seen = None if mask is None else mask.expand(len(query), -1, -1, -1)
+    key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (key, value))
     found, sums = attend(query.contiguous(), key, value, seen, scale)
     if len(found) == 1:
         return found[0]

@@ -46,6 +46,8 @@ class VllmSession:
         self._llm.apply_model(begin_logits)
         self._answer([tokens], SamplingParams(max_tokens=1, prompt_logprobs=1, **GREEDY))
         next_token, *prompt = next(found for found in self._llm.apply_model(take_logits) if found)
+        if len(prompt) > 1:
+            raise RuntimeError(f"vLLM computed a text of {len(tokens)} tokens in pieces: give it more tokens at once")
         rows = np.concatenate([*prompt, next_token])
         rows = np.concatenate([rows[: len(tokens) - 1], next_token])  # some give the prompt's last position twice
         if len(rows) != len(tokens):
