@@ -36,13 +36,13 @@ What has no line above is not in this version. What is, but was never run, or on
 | what | state |
 |---|---|
 | target `gpu` | on an H100 (torch 2.11), with its tests; on an H200 generation, with its own; on no other GPU |
-| `compile-cuda` | on an H100: text, images and language to the end; speech there and on an H200 up to emission |
+| `compile-cuda` | on an H100, to the end; on an H200 speech, and language with its new attention, but not opened anew |
 | target `multi-gpu` | written; run with two processes of vLLM on a processor alone (tensor parallel, and two copies) |
 | `shard-tensors` | run with two processes on a processor (gloo; transformers 5.17 and 5.23); on GPUs (NCCL): not run |
 | the eager model over several GPUs | where one does not hold it: written; its plan is tested, never run |
 | `quantize-llm-compressor` | on an H200, served and judged, but for mode fp8 (on a processor, by hand) |
 | `quantize-bitsandbytes`, `quantize-torchao` | on an H100: tests of small models, and two whole runs |
-| vLLM | 0.24 on an H100 and an H200, 0.32 on a processor; its own fp8 timed by hand; its lock was not installed |
+| vLLM | 0.24 on an H100 and an H200, 0.32 on a processor; its fp8 not paired; its lock was never installed |
 | TensorRT-LLM | `build-tensorrt-llm` is written after its source; only run against a stand-in for it |
 | TensorRT | `build-tensorrt` and its runtime are written; TensorRT's own libraries were not there to run them |
 | TensorRT for RTX | engines are built here; none was run, for want of an RTX GPU, nor inspected, for want of a driver |

@@ -132,7 +132,10 @@ def _convert(owner: str, name: str, text: str, kind: typing.Any) -> object:
         return text
     choices = {option_text(choice): choice for choice in ((True, False) if kind is bool else typing.get_args(kind))}
     if text not in choices:
-        raise RequestError(f"{owner}: {name}={text!r} is not one of {', '.join(choices)}")
+        raise RequestError(
+            f"{owner}: {name}={text!r} is not one of {', '.join(choices)}",
+            hint="options of a pass are separated by ;" if "," in text else None,
+        )
     return choices[text]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optimize.pipeline.errors import RequestError
-from optimize.pipeline.manifest import read_intact, read_manifest
+from optimize.pipeline.manifest import Manifest, read_intact, read_manifest
 
 
 def stream(folder: Path, prompt: str, most: int, *, sample: bool, raw: bool) -> None:
@@ -17,9 +17,7 @@ def stream(folder: Path, prompt: str, most: int, *, sample: bool, raw: bool) -> 
     At most `most` new tokens, and no more than the model has positions for. Raises RequestError for an artifact that
     does not generate, or a prompt that it cannot take; ArtifactError for a folder that is damaged.
     """
-    task = read_manifest(folder).report.checkpoint.task
-    if task != "text-generation":
-        raise RequestError(f"{folder} is for {task}: it continues no text", hint="call it with optimize.load(FOLDER)")
+    _continues_text(folder, read_manifest(folder))
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise RequestError("the prompt is not UTF-8", hint="encode it so")
     logging.disable(logging.WARNING)
@@ -44,10 +42,11 @@ def stream(folder: Path, prompt: str, most: int, *, sample: bool, raw: bool) -> 
 
 
 def start_server(folder: Path, host: str, port: int) -> None:
-    """Serve until interrupted. Raises RequestError where the artifact's runtime has no server here, or none that can
-    listen there; ArtifactError for a folder that is damaged.
+    """Serve until interrupted. Raises RequestError for an artifact that does not generate, where its runtime has no
+    server here, or none that can listen there; ArtifactError for a folder that is damaged.
     """
     manifest = read_intact(folder)
+    _continues_text(folder, manifest)
     runtimes = importlib.import_module("optimize.targets.runtimes")
     runtime = importlib.import_module(f"optimize.targets.runtimes.{runtimes.RUNTIMES[manifest.kind]}")
     if not hasattr(runtime, "serve"):
@@ -56,6 +55,13 @@ def start_server(folder: Path, host: str, port: int) -> None:
             hint="emit a GGUF with --recipe gguf-q8_0, or use the artifact with optimize.load(FOLDER)",
         )
     runtime.serve(folder, host, port, manifest.report.host.target.cores)
+
+
+def _continues_text(folder: Path, manifest: Manifest) -> None:
+    """Raises RequestError for what does not."""
+    task = manifest.report.checkpoint.task
+    if task != "text-generation":
+        raise RequestError(f"{folder} is for {task}: it continues no text", hint="call it with optimize.load(FOLDER)")
 
 
 def _chat(tokenizer: Any, prompt: str) -> Any:
