@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from optimize.models.loading import copy_carried, load_model
 from optimize.models.tasks import TASKS, read_json
+from optimize.passes._share import share_of_layers
 from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
@@ -80,9 +81,11 @@ class QuantizeLlmCompressor(Pass):
         oneshot(model=model, recipe=self._recipe(), tokenizer=str(source.path), **data)
         linear = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
         left = sorted(name for name, each in linear.items() if getattr(each, "quantization_scheme", None) is None)
+        quantized = [linear[name] for name in linear.keys() - set(left)]
+        share = share_of_layers(model, quantized, "LLM Compressor")
         copy_carried(source.path, out)
         model.save_pretrained(out, save_compressed=True)
-        return {"quantized": len(linear) - len(left), "eligible": len(linear), "left": left}
+        return {"quantized": len(quantized), "eligible": len(linear), "left": left, "share_of_layers": round(share, 3)}
 
     def _recipe(self) -> list[Any]:
         """LLM Compressor's modifiers."""

@@ -10,6 +10,7 @@ from optimize.models.casting import align_weights
 from optimize.models.loading import copy_carried, load_model, sample_inputs
 from optimize.models.tasks import TASKS
 from optimize.passes._layer_inputs import layer_inputs
+from optimize.passes._share import share_of_layers
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
 
@@ -81,10 +82,7 @@ class QuantizeTorchao(Pass):
             chosen -= _once_a_sample(
                 model, linear, sample_inputs(source.path, context.task, str(model.dtype).removeprefix("torch."))
             )
-        inner = [linear[name].weight.numel() for name in chosen if linear[name] is not head]
-        share = sum(inner) / sum(weight.numel() for weight in _inner(model))
-        if share < 0.5:
-            raise ValueError(f"only {share:.0%} of its layers' weights are linear ones that torchao can quantize so")
+        share = share_of_layers(model, [linear[name] for name in chosen], "torchao")
         config = _config(self.mode)
         if self.mode in ("int4", "fp8"):
             quantized = _in_four_bits if self.mode == "int4" else _in_fp8
@@ -173,13 +171,3 @@ def _once_a_sample(model: Any, layers: dict[str, Any], inputs: dict[str, Any]) -
     """Names of the layers that are given one row for each sample of `inputs`."""
     samples = len(next(iter(inputs.values())))
     return {name for name, given in layer_inputs(model, layers, inputs) if given.shape[:-1].numel() == samples}
-
-
-def _inner(model: Any) -> list[Any]:
-    """The layers' matrices: all but those that look up tokens and pick the next one."""
-    import torch
-
-    outer = {id(each.weight) for each in model.modules() if isinstance(each, torch.nn.Embedding)}
-    head = model.get_output_embeddings()
-    outer |= {id(head.weight)} if head is not None else set()
-    return [weight for weight in model.parameters() if weight.dim() > 1 and id(weight) not in outer]

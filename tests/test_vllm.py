@@ -80,7 +80,7 @@ def test_what_vllm_serves_is_judged_by_its_logits_emitted_and_served(
     assert accuracy["divergence"] < 1e-6 and accuracy["agreement"] == 1
     assert 1e-6 < quantized["accuracy"]["divergence"] < 0.1
     (step,) = (each for each in quantized["steps"] if "quantize" in each["text"])
-    assert step["facts"] == {"quantized": 14, "eligible": 15, "left": ["lm_head"]}
+    assert step["facts"] == {"quantized": 14, "eligible": 15, "left": ["lm_head"], "share_of_layers": 1.0}
     for candidate in (shared, quantized):
         assert candidate["accuracy"]["regret"] < 1e-2  # what it generates is what its own scores say
         assert all(cell["first"]["seconds"] < cell["seconds"] for cell in candidate["speed"]["cells"])
