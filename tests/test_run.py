@@ -151,6 +151,11 @@ def test_a_recipe_can_be_given_by_its_name(tiny: Path, cli: Cli) -> None:
     assert "is inaccurate" not in planned.output, "asked for, it does not wait for another one to fail"
 
 
+def test_an_encoder_has_no_text_to_serve(emitted: tuple[Path, Outcome], cli: Cli) -> None:
+    outcome = cli("serve", emitted[0])
+    assert outcome.code == 2 and "continues no text" in outcome.output and "optimize.load" in outcome.output
+
+
 def test_verify_passes_then_finds_each_kind_of_damage(emitted: tuple[Path, Outcome], cli: Cli, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(emitted[0], copy)

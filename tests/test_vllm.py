@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import venv
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,19 @@ def test_the_configuration_is_what_was_asked_and_no_more(model: Path, tmp_path: 
     assert json.loads((tmp_path / "none" / "serve.yaml").read_text()) == {
         "dtype": "bfloat16", "gpu-memory-utilization": 0.9,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompt", "enough"), [(400, True), (6000, False)])
+def test_too_few_tokens_at_once_for_a_text_in_one_piece_are_refused(
+    model: Path, tmp_path: Path, prompt: int, *, enough: bool
+) -> None:
+    long = shutil.copytree(model, tmp_path / "long")
+    config = json.loads((long / "config.json").read_text()) | {"max_position_embeddings": 16384}
+    (long / "config.json").write_text(json.dumps(config))
+    context = Context(MODEL.task, H100, None, (Cell(1, prompt, 32),))
+    (tmp_path / "out").mkdir()
+    with nullcontext() if enough else pytest.raises(ValueError, match="batched=5000 is not more than 6032"):
+        ServeVllm(batched=5000).run(Artifact(Kind.CHECKPOINT, long, "", ""), context, tmp_path / "out")
 
 
 def test_the_cache_holds_the_largest_cell_and_the_longest_text() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 MOST = 256  # rows of inputs: with more, writing weights out costs less than a kernel that is not cuBLAS's
-LEAST = -23  # exponent of the least power of two that int8 weights are multiplied by: float16 has no smaller numbers
+LEAST = -24  # exponent of the least power of two that int8 weights are multiplied by: float16 has no smaller numbers
 
 
 class EightBitLinear(torch.nn.Module):  # type: ignore[misc]

@@ -149,6 +149,12 @@ def test_a_mistake_is_named(text: str, message: str) -> None:
     assert message in raised.value.message
 
 
+def test_what_separates_options_is_said_where_passes_are_separated_so() -> None:
+    with pytest.raises(RequestError) as raised:
+        parse("export-onnx,quantize-onnx{mode=static,samples=32}")
+    assert raised.value.hint == "options of a pass are separated by ;"
+
+
 def test_a_number_that_is_none(options: type[Pass]) -> None:
     with pytest.raises(RequestError, match="real='fast' is not a number"):
         parse("options{real=fast}")
