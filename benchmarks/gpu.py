@@ -116,6 +116,7 @@ def _save(model: Any, folder: Path, tokenizer: Path) -> None:
 
 
 CUDA_GRAPHS = ("compile-cuda{compile=false}", "compile-cuda")
+ONNX = ("onnx-cuda-fp16",)
 ATTENTION = ("compile-cuda{attention=efficient}", "compile-cuda{attention=cudnn}")
 SPEECH = ("compiled-fp16",)
 LLAMA = ("compiled-bf16", "torchao-int8-weights-compiled")
@@ -133,9 +134,9 @@ QUANTIZED_SMALL = ("vllm-fp8-static", "vllm-int8")  # no rows of whole groups of
 SEVEN = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 TOGETHER = ("vllm-bf16", "vllm-bf16-tp2", "vllm-bf16-x2")
 ROWS = {
-    "bert-base": Row(bert, "1x128,8x128,32x128", CUDA_GRAPHS, options=("--task", "feature-extraction")),
+    "bert-base": Row(bert, "1x128,8x128,32x128", (*CUDA_GRAPHS, *ONNX), options=("--task", "feature-extraction")),
     "bert-base-rejected": Row(bert, "1x128,128x512*3", REJECTED, options=("--task", "feature-extraction")),
-    "vit-base": Row(vit, "1,32", (*CUDA_GRAPHS, *ATTENTION)),
+    "vit-base": Row(vit, "1,32", (*CUDA_GRAPHS, *ATTENTION, *ONNX)),
     "whisper-base": Row(whisper, "1+64,8+64", SPEECH),
     "llama-1b-captured": Row(llama, "1x64+16,8x64+16,256x64+16", LLAMA),
     "llama-1b-captured-8": Row(llama, "1x64+16,8x64+16,256x64+16", LLAMA_IN_8_BITS),

@@ -1,33 +1,56 @@
-"""No mask where nothing is masked, in transformers' attention.
+"""Masks of transformers' attention, of fewer operations: none where nothing is masked, or one made of no positions.
 
 Up to 5.17, transformers makes a mask of ones wherever a model is traced or captured. Its last axis is one value that
 is repeated, which none of torch's fast kernels for attention takes: what is left computes in float32, step by step.
+Traced, a mask of padding is looked up at positions, which ONNX Runtime counts on the processor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-SPARED = "spared"  # the name of our attention for transformers
+SPARED, PLAIN = "spared", "plain"  # names of our attention for transformers
 
 
 def spare_masks(model: Any) -> None:
     """Have attention to all of the sequence take no mask, in a model that is given none and attends by torch's SDPA."""
+    _attend(model, SPARED, _no_mask)
+
+
+def plain_masks(model: Any) -> None:
+    """Have attention to all of the sequence but padding take what is added to its scores, made of the padding alone, in
+    a model that attends by torch's SDPA.
+    """
+    _attend(model, PLAIN, _padding)
+
+
+def _attend(model: Any, name: str, mask: Callable[..., Any]) -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if model.config._attn_implementation != "sdpa":
         return
-    ALL_ATTENTION_FUNCTIONS.register(SPARED, sdpa_attention_forward)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(SPARED, _mask)
-    model.set_attn_implementation(SPARED)
+    ALL_ATTENTION_FUNCTIONS.register(name, sdpa_attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
+    model.set_attn_implementation(name)
 
 
-def _mask(*, attention_mask: Any = None, local_size: int | None = None, **options: Any) -> Any:
+def _no_mask(*, attention_mask: Any = None, local_size: int | None = None, **options: Any) -> Any:
     """As transformers' mask functions; `allow_is_bidirectional_skip` is said of what attends to all, both ways."""
     from transformers.masking_utils import sdpa_mask
 
     if options.get("allow_is_bidirectional_skip") and attention_mask is None and local_size is None:
         return None
     return sdpa_mask(attention_mask=attention_mask, local_size=local_size, **options)
+
+
+def _padding(*, attention_mask: Any = None, local_size: int | None = None, dtype: Any = None, **options: Any) -> Any:
+    """As _no_mask. [batch, 1, 1, sequence] of `dtype`: 0 for a token, the least number for padding."""
+    import torch
+
+    whole = options.get("allow_is_bidirectional_skip") and local_size is None
+    if not whole or attention_mask is None or attention_mask.dim() != 2:
+        return _no_mask(attention_mask=attention_mask, local_size=local_size, dtype=dtype, **options)
+    return (1 - attention_mask[:, None, None].to(dtype)) * torch.finfo(dtype).min

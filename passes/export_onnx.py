@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
 from optimize.models.tasks import TASKS
 from optimize.passes._onnx import GRAPH, read_graph
+from optimize.passes._spared_masks import plain_masks
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
 from optimize.pipeline.versions import EXPORTERS, why_older
@@ -18,7 +19,7 @@ from optimize.pipeline.versions import EXPORTERS, why_older
 class ExportOnnx(Pass):
     """A graph in `dtype`; `fused` rewrites it into operators that only ONNX Runtime has, those of `provider`.
 
-    CUDA's have attention as one operation.
+    CUDA's have attention as one operation, and count no positions, which ONNX Runtime does on the processor.
     In 16 bits it is for GPUs, whose providers compute in the types that the graph has.
     Source: https://huggingface.co/docs/transformers (exporters), https://onnx.ai/onnx/operators
     """
@@ -26,7 +27,7 @@ class ExportOnnx(Pass):
     name: ClassVar = "export-onnx"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.ONNX
-    version: ClassVar = 2
+    version: ClassVar = 3
     tools: ClassVar = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 
     opset: int = 20
@@ -56,6 +57,8 @@ class ExportOnnx(Pass):
         from transformers.exporters.exporter_onnx import OnnxExporter
 
         model = load_model(source.path, context.task, self.dtype)
+        if self.provider == "cuda":
+            plain_masks(model)
         inputs = sample_inputs(source.path, context.task, self.dtype)
         config = OnnxConfig(
             dynamic=True,

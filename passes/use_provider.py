@@ -20,6 +20,7 @@ NAMES = {
     "tensorrt": "TensorrtExecutionProvider",
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
+CAPTURES = "enable_cuda_graph"  # an option of CUDA's
 PREFIX = {"tensorrt": "trt", "tensorrt-rtx": "nv"}  # of the options that both have
 
 
@@ -27,17 +28,24 @@ PREFIX = {"tensorrt": "trt", "tensorrt-rtx": "nv"}  # of the options that both h
 class UseProvider(Pass):
     """The same graph for a GPU: it computes in the types that the graph has, so TF32 is off.
 
-    TensorRT's providers build their engines where the graph is opened, for the shapes of the workload.
+    With `graphs`, CUDA's provider has shapes that come again captured into CUDA graphs, for which all that computes
+    must have been given to it. TensorRT's build their engines where the graph is opened, for the workload's shapes.
     Source: https://onnxruntime.ai/docs/execution-providers, https://nvidia.github.io/TensorRT-RTX-EP-ABI
     """
 
     name: ClassVar = "use-provider"
     accepts: ClassVar = Kind.ONNX
     produces: ClassVar = Kind.ONNX_GPU
-    version: ClassVar = 1
+    version: ClassVar = 2
     tools: ClassVar = ("onnx",)
 
     provider: Literal["cuda", "tensorrt", "tensorrt-rtx"] = "cuda"
+    graphs: bool = True
+
+    @property
+    def captures(self) -> bool:
+        """Whether what it makes is captured into CUDA graphs."""
+        return self.graphs and self.provider == "cuda"
 
     @property
     def shaped(self) -> bool:
@@ -57,7 +65,7 @@ class UseProvider(Pass):
 
     def _options(self, inputs: Sequence[str], workload: Sequence[Cell]) -> dict[str, str]:
         if self.provider == "cuda":
-            return {"use_tf32": "0"}
+            return {"use_tf32": "0", CAPTURES: str(int(self.captures))}
         columns = zip(*profile_ranges(workload), strict=True)
         return {
             f"{PREFIX[self.provider]}_profile_{which}_shapes": ",".join(

@@ -60,8 +60,7 @@ def _running(report: Report, kind: Kind, recipe: str) -> str:
     elif kind is Kind.IPEX:
         run = "import intel_extension_for_pytorch\n" + _card("run/torchscript")
     elif kind is Kind.ONNX_GPU:
-        plugged = "provider=tensorrt-rtx" in recipe
-        run = _card("run/onnxruntime-gpu", open=_card("parts/plugged-in" if plugged else "parts/built-in"))
+        run = by_provider(recipe, images=images)
     else:
         cast = _card(CASTS[kind]) if images and kind in CASTS else ""
         cast += _card("parts/on-gpu") if kind is Kind.CHECKPOINT and report.host.target.gpus else ""
@@ -69,6 +68,14 @@ def _running(report: Report, kind: Kind, recipe: str) -> str:
         run = _card(f"run/{kind}", auto_class=task.auto_class, torch=torch, cast=cast, placed=placed)
     pooling = report.evaluation.pooling  # what was judged of a sentence
     return f"{given}\n{run}" + (_card(f"pool/{pooling}") if pooling else "")
+
+
+def by_provider(recipe: str, *, images: bool) -> str:
+    """What runs a graph by the provider that a recipe chose."""
+    chosen = recipe.rpartition("use-provider")[2]
+    opened = _card("parts/plugged-in" if "tensorrt-rtx" in chosen else "parts/built-in")
+    run = _card("parts/run-onnx" if "tensorrt" in chosen or "graphs=false" in chosen else "parts/captured-onnx")
+    return _card("run/onnxruntime-gpu", open=opened, cast=_card("parts/cast-onnx") if images else "", run=run)
 
 
 def _generating(report: Report, kind: Kind, recipe: str) -> str:

@@ -45,7 +45,7 @@ RECIPES = {
 }
 IMAGES = (  # those that take them
     "eager-fp16", "eager-bf16", "graphs-fp16", "compiled-fp16", "compiled-bf16", "compiled-fp16-efficient",
-    "compiled-fp16-cudnn",
+    "compiled-fp16-cudnn", "onnx-cuda-fp16",
 )  # fmt: skip
 TRANSCRIBING = {  # for speech models
     "speech-fp16": "cast-dtype{dtype=float16}",

@@ -1,6 +1,9 @@
 """ONNX graphs for providers that run on GPUs: what is written for them, and what is said where they do not load."""
 
 import json
+import os
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -8,18 +11,23 @@ import onnxruntime
 import pytest
 
 from optimize.models.encoding import encode
+from optimize.passes._onnx import read_graph
 from optimize.passes.export_onnx import ExportOnnx
-from optimize.passes.use_provider import PROVIDER, UseProvider
+from optimize.passes.use_provider import CAPTURES, PROVIDER, UseProvider
 from optimize.pipeline import versions
 from optimize.pipeline.calls import call_of
 from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind, Target
 from optimize.pipeline.errors import HostError
 from optimize.pipeline.recipe import parse
+from optimize.pipeline.usage import by_provider
 from optimize.targets.cpu import probe
 from optimize.targets.runtimes import open_session
-from optimize.targets.runtimes.onnxruntime_gpu import OnnxGpuSession
+from optimize.targets.runtimes.onnxruntime_gpu import GRAPHS, OnnxGpuSession
+from tests.conftest import QUICK, Cli
 
 TASK = "feature-extraction"
+TOOLCHAIN = "OPTIMIZE_TOOLCHAIN_ONNXRUNTIME_GPU"
+FUSED = "export-onnx{fused=true;provider=cuda;dtype=float16}"
 CELLS = (Cell(1, 32), Cell(8, 128))
 
 
@@ -50,7 +58,7 @@ def test_engines_are_built_for_every_text_and_for_each_cell(graph: Artifact, tmp
 
 def test_a_provider_that_does_not_load_is_no_processor_in_disguise(graph: Artifact, tmp_path: Path) -> None:
     UseProvider().run(graph, Context(TASK, probe()), tmp_path)
-    assert json.loads((tmp_path / PROVIDER).read_text())["options"] == {"use_tf32": "0"}
+    assert json.loads((tmp_path / PROVIDER).read_text())["options"] == {"use_tf32": "0", CAPTURES: "1"}
     with pytest.raises(HostError, match="CUDAExecutionProvider did not load"):
         open_session(Kind.ONNX_GPU, tmp_path, TASK, 1)
     (tmp_path / "model.onnx").unlink()
@@ -63,16 +71,76 @@ def test_outputs_of_16_bits_are_widened(graph: Artifact, tiny: Path) -> None:
     assert open_session(Kind.ONNX, graph.path, TASK, 1).run(batch)["last_hidden_state"].dtype == "float32"
 
 
-def test_what_is_timed_stays_where_it_is_computed(graph: Artifact, tiny: Path) -> None:
-    options = onnxruntime.SessionOptions()
-    session = onnxruntime.InferenceSession(graph.path / "model.onnx", options, providers=["CPUExecutionProvider"])
-    bound = OnnxGpuSession(session, "cpu")
-    batch = encode(tiny, [{"text": "The tide came in."}, {"text": "It went."}], 16, (2,))[0]
-    call = call_of(bound, batch)
-    (seconds,) = call.timed()
-    assert seconds > 0
-    found = call.run().get_outputs()[0].numpy()
-    np.testing.assert_array_equal(found.astype(np.float32), bound.run(batch)["last_hidden_state"])
+def bound(graph: Artifact, *, captures: bool) -> OnnxGpuSession:
+    """As on a GPU, on the processor: its provider captures nothing, and computes each time."""
+    session = onnxruntime.InferenceSession(graph.path / "model.onnx", providers=["CPUExecutionProvider"])
+    return OnnxGpuSession(session, "cpu", captures=captures)
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_what_is_timed_stays_where_it_is_computed(graph: Artifact, tiny: Path, captures: bool) -> None:
+    session, uncaptured = bound(graph, captures=captures), open_session(Kind.ONNX, graph.path, TASK, 1)
+    texts = ("The tide came in.", "It went.", "A new moon.", "The tide came in.")
+    batches = [encode(tiny, [{"text": text}, {"text": "It went."}], 16, (2,))[0] for text in texts]
+    answers = [uncaptured.run(batch)["last_hidden_state"] for batch in batches]
+    calls = [call_of(session, batch) for batch in batches]  # of shapes that come again: each has its own inputs
+    for call, answer in zip(calls, answers, strict=True):
+        (seconds,) = call.timed()
+        assert seconds > 0
+        found = call.run()[0]
+        np.testing.assert_array_equal(found.numpy().astype(np.float32), answer)
+    for batch, answer in zip(batches * 3, answers * 3, strict=True):
+        np.testing.assert_array_equal(session.run(batch)["last_hidden_state"], answer)
+
+
+def test_shapes_that_come_again_are_captured_up_to_a_number(graph: Artifact, tiny: Path) -> None:
+    session, captured = bound(graph, captures=True), list[int]()
+    capture = session._capture
+    session._capture = lambda arrays: captured.append(arrays[0].shape[0]) or capture(arrays)
+    (one,) = encode(tiny, [{"text": "The tide came in."}], 16, (1,))
+    sizes = range(1, GRAPHS + 3)
+    for _ in range(3):
+        for size in sizes:
+            session.run({name: np.repeat(array, size, axis=0) for name, array in one.items()})
+    assert captured == list(sizes)[:GRAPHS]
+    session.prepare({name: np.repeat(array, 99, axis=0) for name, array in one.items()})
+    assert captured[GRAPHS:] == [99]
+
+
+def test_a_graph_for_cuda_counts_no_positions_and_answers_as_the_model_does(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "graph"
+    folder.mkdir()
+    step = ExportOnnx(fused=True, provider="cuda")
+    step.run(Artifact(Kind.CHECKPOINT, tiny, "", ""), Context(TASK, probe()), folder)
+    operators = [node.op_type for node in read_graph(folder).node]
+    assert "MultiHeadAttention" in operators
+    assert not {"Range", "GatherND"} & set(operators)  # which the provider would have to fetch from the processor
+    texts = [{"text": "The tide came in, and with it the boats."}, {"text": "It went."}]
+    batch = encode(tiny, texts, 16, (2,))[0]
+    kept = batch["attention_mask"] == 1
+    assert not kept.all()
+    found, expected = (
+        open_session(kind, path, TASK, 1).run(batch)["last_hidden_state"][kept]
+        for kind, path in ((Kind.ONNX, folder), (Kind.CHECKPOINT, tiny))
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_the_card_captures_what_it_is_given(
+    graph: Artifact, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    UseProvider().run(graph, Context(TASK, probe()), tmp_path)
+    chosen = {"provider": "CPUExecutionProvider", "options": {}}
+    (tmp_path / PROVIDER).write_text(json.dumps(chosen))
+    monkeypatch.chdir(tmp_path)
+    batch = encode(tiny, [{"text": "The tide came in."}], 16, (1,))[0]
+    expected = open_session(Kind.ONNX, graph.path, TASK, 1).run(batch)["last_hidden_state"]
+    for options in ("", "{graphs=false}", "{provider=tensorrt}"):
+        lines = by_provider(f"{FUSED},use-provider{options}", images=False)
+        assert ("gpu_graph_id" in lines) == (not options)
+        names = {"inputs": batch}
+        exec(lines.replace('"cuda"', '"cpu"'), names)
+        np.testing.assert_array_equal(names["outputs"]["last_hidden_state"].astype(np.float32), expected)
 
 
 def test_a_version_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -98,3 +166,17 @@ def test_it_is_left_out_where_no_gpu_is(tmp_path: Path) -> None:
     fused = parse("export-onnx{fused=true;provider=cuda}")
     assert "provider=cuda makes operators for NVIDIA GPUs" in str(fused.why_not(checkpoint, probe()))
     assert recipe.why_not(checkpoint, Target("gpu", "NVIDIA H100", "9.0", (), ("float16",), 1, 80 << 30, 1)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(TOOLCHAIN not in os.environ, reason=f"{TOOLCHAIN} names no Python that has onnxruntime-gpu")
+@pytest.mark.parametrize("options", ["", "{graphs=false}"])
+def test_on_a_gpu_it_is_judged_emitted_and_run_by_its_card(tiny: Path, cli: Cli, tmp_path: Path, options: str) -> None:
+    recipe = f"{FUSED},use-provider{options}"
+    outcome = cli(tiny, "--target", "gpu", "--recipe", recipe, *QUICK, "--out", tmp_path / "emitted")
+    assert outcome.code == 0, outcome.output
+    lines = re.search(r"```python\n(.*?)```", (tmp_path / "emitted" / "README.md").read_text(), re.DOTALL)
+    assert lines is not None and ("gpu_graph_id" in lines[1]) == (not options)
+    words = [os.environ[TOOLCHAIN], "-c", lines[1] + "\nassert outputs"]
+    done = subprocess.run(words, cwd=tmp_path / "emitted", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
