@@ -6,6 +6,7 @@
 
 Published folders are renamed into place as a whole, so what is under artifacts/ was complete. Its files are checked
 against their digests each time they are about to be used, so what was damaged later is found, reported and rebuilt.
+One process reads a file once, links to it too, for as long as it keeps its place, its size and its time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +25,9 @@ from typing import Any
 
 from optimize.pipeline.contract import Artifact, Kind, StepFacts
 from optimize.pipeline.errors import ArtifactError
+
+TICK = 50_000_000  # nanoseconds that a file system's clock may stand still, and some more
+_digests: dict[tuple[int, ...], str] = {}  # by a file's device, inode, size and time of change
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,16 @@ class Damage:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of one file."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
-    return digest.hexdigest()
+    """Hex digest of one file. What this process has read before, under whatever name, is not read again."""
+    stat, now = path.stat(), time.time_ns()
+    stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if stamp not in _digests:
+        with path.open("rb", buffering=0) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if now - stat.st_mtime_ns < TICK:  # it may be written to once more at the same time
+            return digest
+        _digests[stamp] = digest
+    return _digests[stamp]
 
 
 def digest_files(folder: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The store: what is published comes back whole, damage is found, and no kill or rival leaves it invalid."""
 
+import hashlib
 import json
 import os
 import random
@@ -315,6 +316,20 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "abc"
     path.write_bytes(b"abc")
     assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, link, reads = tmp_path / "weights", tmp_path / "link", list[object]()
+    read = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: reads.append(given) or read(*given))
+    path.write_bytes(b"abc")
+    os.utime(path, (1, 1))
+    os.link(path, link)
+    assert sha256_of(path) == sha256_of(link) == hashlib.sha256(b"abc").hexdigest() and len(reads) == 1
+    for content in (b"abd", b"abe"):  # just written: another that is as long may follow at the same time
+        path.write_bytes(content)
+        assert sha256_of(link) == hashlib.sha256(content).hexdigest()
+    assert len(reads) == 3
 
 
 def test_the_record_on_disk_is_readable_json(store: Store) -> None:
