@@ -55,7 +55,7 @@ def sha256_of(path: Path) -> str:
     stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if stamp not in _digests:
         with path.open("rb", buffering=0) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest: str = hashlib.file_digest(file, "sha256").hexdigest()
         if now - stat.st_mtime_ns < TICK:  # it may be written to once more at the same time
             return digest
         _digests[stamp] = digest
