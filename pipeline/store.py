@@ -54,12 +54,19 @@ def sha256_of(path: Path) -> str:
     stat, now = path.stat(), time.time_ns()
     stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if stamp not in _digests:
-        with path.open("rb", buffering=0) as file:
-            digest: str = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _read(path)
         if now - stat.st_mtime_ns < TICK:  # it may be written to once more at the same time
             return digest
         _digests[stamp] = digest
     return _digests[stamp]
+
+
+def _read(path: Path) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
 
 
 def digest_files(folder: Path) -> dict[str, str]:
