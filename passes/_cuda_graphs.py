@@ -72,10 +72,12 @@ def prepared(path: Path, settings: Mapping[str, Any], model: Any, inputs: dict[s
 
 @contextmanager
 def attending(settings: Mapping[str, Any]) -> Iterator[None]:
-    """In which torch takes the kernel for attention that a folder's settings name, wherever that takes the inputs.
+    """In which torch takes the kernel for attention that a folder's settings name, wherever that takes the inputs. What
+    was compiled with another is not taken from torch's caches, whose keys would be the same.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.attention.sdpa_kernel.html
     """
+    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if (wanted := settings.get("attention", AS_TORCH_CHOOSES)) == AS_TORCH_CHOOSES:
@@ -83,7 +85,8 @@ def attending(settings: Mapping[str, Any]) -> Iterator[None]:
         return
     first = getattr(SDPBackend, f"{wanted.upper()}_ATTENTION")
     every = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
-    with sdpa_kernel([first, *(each for each in every if each != first)], set_priority=True):
+    order = [first, *(each for each in every if each != first)]
+    with torch.compiler.config.patch(cache_key_tag=wanted), sdpa_kernel(order, set_priority=True):
         yield
 
 

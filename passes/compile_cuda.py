@@ -33,7 +33,7 @@ class CompileCuda(Pass):
     name: ClassVar = "compile-cuda"
     accepts: ClassVar = Kind.CHECKPOINT
     produces: ClassVar = Kind.CUDA_GRAPHS
-    version: ClassVar = 10
+    version: ClassVar = 11
     tools: ClassVar = ("torch", "transformers")
     target_facts: ClassVar = ("device", "arch", "driver")
 

@@ -22,7 +22,8 @@ import torch
 
 from optimize.models.encoding import encode
 from optimize.models.images import encode_sample
-from optimize.passes._cuda_graphs import captured, fitting, shapes_of, widened
+from optimize.passes._cuda_graphs import COMPILED, captured, fitting, shapes_of, widened
+from optimize.passes.cast_dtype import CastDtype
 from optimize.passes.compile_cuda import CompileCuda
 from optimize.pipeline import gpus, keys
 from optimize.pipeline.calls import call_of
@@ -445,6 +446,22 @@ def test_images_are_captured_too(make_image_classifier: MakeCheckpoint, tmp_path
     expected = open_session(Kind.CHECKPOINT, looking, task, 1, device="cuda").run(batch)
     found = open_session(Kind.CUDA_GRAPHS, out, task, 1).run(batch)
     np.testing.assert_allclose(found["logits"], expected["logits"], atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HERE, reason="here is no GPU")
+def test_attention_is_by_the_kernel_that_was_asked_for(make_image_classifier: MakeCheckpoint, tmp_path: Path) -> None:
+    looking, half, task = make_image_classifier(), tmp_path / "half", "image-classification"
+    half.mkdir()
+    context = Context(task, H100, None, (Cell(2),))
+    CastDtype("float16").run(Artifact(Kind.CHECKPOINT, looking, "", ""), context, half)
+    for attention in ("efficient", "flash", "cudnn"):  # one after the other, with torch's caches of compiled graphs
+        out = tmp_path / attention
+        out.mkdir()
+        CompileCuda(attention=attention).run(Artifact(Kind.CHECKPOINT, half, "", ""), context, out)
+        kept = b"".join(path.read_bytes() for path in (out / COMPILED).glob("*.graph"))
+        named = re.findall(rb"_scaled_dot_product_([a-z]+)_attention", kept)
+        assert set(named) == {attention.encode()}
 
 
 @pytest.mark.gpu

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 from optimize.models.loading import load_model
 from optimize.passes._compiled_calls import INDEX, CompiledCalls, form_of
-from optimize.passes._cuda_graphs import COMPILED, GRAPHS, Captured
+from optimize.passes._cuda_graphs import COMPILED, GRAPHS, Captured, attending
 from tests.conftest import MakeCheckpoint
 
 
@@ -197,3 +198,24 @@ def test_a_calls_form_has_all_that_it_was_compiled_for() -> None:
     assert found == (
         "input_ids: int64[2, 8], use_cache=True, encoder_outputs.0: bool[1, 8], encoder_outputs.1 is input_ids"
     )
+
+
+class Attention(torch.nn.Module):
+    """Torch's, and twice that."""
+
+    device = torch.device("cpu")
+
+    def forward(self, query: torch.Tensor) -> dict[str, Any]:
+        """Of [batch, heads, sequence, size]."""
+        return {"last": 2 * torch.nn.functional.scaled_dot_product_attention(query, query, query)}
+
+
+def test_what_is_compiled_for_one_kernel_of_attention_is_not_taken_for_another(tmp_path: Path) -> None:
+    query, found = torch.randn(2, 4, 16, 8), list[tuple[str, int]]()
+    with fresh_cache():
+        for attention in ("sdpa", "sdpa", "cudnn", "efficient", "efficient"):
+            calls = compiled(Attention(), tmp_path / "none")
+            with attending({"attention": attention}), torch.inference_mode():
+                calls(query=query)
+            found.append((attention, counters["aot_autograd"]["autograd_cache_hit"]))
+    assert found == [("sdpa", 0), ("sdpa", 1), ("cudnn", 0), ("efficient", 0), ("efficient", 1)]
