@@ -15,6 +15,7 @@ from optimize.pipeline.errors import RequestError
 MIB, GIB = 1 << 20, 1 << 30
 DRIVER = 150 * MIB  # the command itself, which plans, waits and judges
 FRAMEWORKS = 900 * MIB  # a worker that builds: what it imports, and what its earlier steps left behind
+CUDA = 600 * MIB  # of the host, more in each worker where a GPU is: torch's build for it, and its driver
 MORE = "raise --memory if it was given, run on a host with more, or give a smaller checkpoint"
 EAGER = 600 * MIB  # a worker that runs the eager model, without weights
 _UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": MIB, "mib": MIB, "mb": 10**6}

@@ -9,7 +9,17 @@ from functools import cached_property
 from optimize.pipeline.contract import Cell, Checkpoint, Form, Gates, Kind, Pass, Recipe, Target
 from optimize.pipeline.errors import RequestError, ToolchainError
 from optimize.pipeline.keys import checkpoint_key, step_key, tool_version
-from optimize.pipeline.memory import DRIVER, GIB, MORE, Need, gib, what_would_fit, why_gpu_too_small, why_too_large
+from optimize.pipeline.memory import (
+    CUDA,
+    DRIVER,
+    GIB,
+    MORE,
+    Need,
+    gib,
+    what_would_fit,
+    why_gpu_too_small,
+    why_too_large,
+)
 from optimize.pipeline.recipe import UNCHANGED, parse, pass_text, recipe_text
 from optimize.pipeline.store import Store
 from optimize.pipeline.toolchains import Environment, Toolchains
@@ -169,13 +179,15 @@ class _Planner:
         """Its keys, and the memory that its steps and its artifact take, with its weights on so many GPUs."""
         environments = self.environments(recipe)
         steps: list[Step] = []
-        facts, more = self.checkpoint, 0  # what is known of the weights after each step
+        cuda = CUDA if self.target.gpus else 0
+        facts, more = self.checkpoint, cuda  # what is known of the weights after each step
         for step in recipe.passes:
             key = step_key(
                 steps[-1].key if steps else self.source_key, step, self.checkpoint.task, self.target,
                 self.calibration_digest, environments.get(step.toolchain), self.cells,
             )  # fmt: skip
-            steps.append(Step(step, key, recipe_text(Recipe("", recipe.passes[: len(steps) + 1])), step.memory(facts)))
+            text = recipe_text(Recipe("", recipe.passes[: len(steps) + 1]))
+            steps.append(Step(step, key, text, step.memory(facts) + cuda))
             more += step.extra_memory(facts)
             facts = replace(facts, weight_bytes=step.weight_bytes(facts), dtype=step.arithmetic or facts.dtype)
         running = self.running_memory(recipe.produces, facts, self.cells) + more
