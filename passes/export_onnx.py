@@ -30,7 +30,7 @@ class ExportOnnx(Pass):
     version: ClassVar = 3
     tools: ClassVar = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 
-    opset: int = 20
+    opset: Literal[18, 19, 20, 21, 22, 23] = 20
     fused: bool = False
     provider: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"

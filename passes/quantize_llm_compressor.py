@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from optimize.models.loading import copy_carried, load_model
 from optimize.models.tasks import TASKS, read_json
+from optimize.passes._groups import why_no_groups
 from optimize.passes._share import share_of_layers
 from optimize.pipeline.batches import load_batches
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Form, Kind, Pass, Target
@@ -51,10 +52,7 @@ class QuantizeLlmCompressor(Pass):
             return f"{target.device} has no float8_e4m3fn arithmetic"
         if "awq" in self.mode and not target.gpus:
             return "its AWQ runs on GPUs alone, and here is none"
-        sizes = checkpoint.dimensions.hidden, checkpoint.dimensions.intermediate
-        if "int4" in self.mode and (cut := next((size for size in sizes if size % self.group), None)):
-            return f"rows of {cut} weights are no whole groups of {self.group}: a smaller group may fit"
-        return None
+        return why_no_groups(checkpoint, self.group) if "int4" in self.mode else None
 
     def memory(self, checkpoint: Checkpoint) -> int:
         return 2 * FRAMEWORKS + 3 * checkpoint.weight_bytes

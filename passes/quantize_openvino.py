@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from optimize.models.tasks import TASKS
+from optimize.passes._groups import why_no_groups
 from optimize.passes._openvino_rewrites import (
     compile_exactly,
     merge_products,
@@ -74,7 +75,7 @@ class QuantizeOpenvino(Pass):
             return "four bits are for language models"
         if self.smooth and TASKS[checkpoint.task].form is not Form.PROMPTS:
             return "smooth is for language models"
-        return None
+        return why_no_groups(checkpoint, self.group) if self.mode == "int4" else None
 
     def memory(self, checkpoint: Checkpoint) -> int:
         # what is read is mapped, and compiled for the calibration; what is written is whole in memory

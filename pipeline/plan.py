@@ -279,9 +279,10 @@ def make_plan(
         raise RequestError("two recipes are the same", hint=f"recipes: {'; '.join(names)}")
     if not planned:
         listed = "; ".join(f"{left.recipe.name}: {left.reason}" for left in left_out)
-        hint = None
+        able = [each for each in others if planner.why_not(each) is None]
+        can = ", ".join(each.name for each in able[:3])
+        hint = f"these can: {can}" if can else "`optimize doctor` tells what this host has"
         if too_large := [left.recipe for left in left_out if left.too_large]:
-            able = [each for each in others if planner.why_not(each) is None]
             needs = {each.name: planner.plan(each).need for each in (*too_large, *able)}
             hint = what_would_fit(needs, baseline, target.memory)
         raise RequestError(f"no recipe can run here ({listed})" if listed else "there are no recipes", hint=hint)

@@ -98,8 +98,7 @@ def _table(report: Report, *, wide: bool) -> object:
         caption=f"speedup over eager {report.checkpoint.dtype}, 99% intervals; gates: drop <= {gates.max_drop:g}, "
         f"speedup > {gates.min_speedup:g}; best {report.objective} is emitted\n"
         "*: no other that passed is better in latency, throughput, memory or size without being worse in another"
-        + (f"\nthis host's peaks: {report.peaks}; limit: of the largest cell, and how much of its time it explains"
-           if wide and report.peaks else ""),
+        + _remarks(report, wide=wide),
         caption_justify="left",
     )  # fmt: skip
     workload = report.workload if wide or len(report.workload) > 1 else ()
@@ -135,6 +134,20 @@ def _table(report: Report, *, wide: bool) -> object:
     return table
 
 
+def _remarks(report: Report, *, wide: bool) -> str:
+    """Lines below the table, of what it has marks or columns for."""
+    roofs = [roof for each in (report.baseline, *report.candidates) if each is not None for roof in each.roofs]
+    lines = []
+    if any(each.speed is not None and each.speed.busy for each in report.candidates):
+        lines.append("?: measured on a busy host, and for no other")
+    if wide and report.peaks:
+        told = "limit: of the largest cell, and how much of its time it explains"
+        lines.append(f"this host's peaks: {report.peaks}; {told}")
+        if any(roof.share > 1 for roof in roofs):
+            lines.append("above 100%: peaks of a busier host, or a runtime that multiplies faster than torch")
+    return "".join(f"\n{line}" for line in lines)
+
+
 def _rank(candidate: Candidate) -> tuple[int, float]:
     order = (Status.PASSED, Status.ARCHIVED, Status.INCONCLUSIVE, Status.NOT_FASTER, Status.INACCURATE, Status.BROKEN,
              Status.NOT_BUILT)  # fmt: skip
@@ -155,6 +168,8 @@ def _cells(candidate: Candidate, report: Report, workload: int, wide: bool) -> l
     else:
         ratios = [cell.speedup for cell in speed.cells[:workload]]
         speeds = [*(str(ratio) if wide else f"{ratio.value:.2f}" for ratio in ratios), str(speed.overall)]
+        if speed.busy:
+            speeds = [f"{text} ?" for text in speeds]
     build = f"{candidate.build_seconds:.0f}" if candidate.steps else "-"
     load = "-" if candidate.load_seconds is None else f"{candidate.load_seconds:.1f}"
     costs = [

@@ -111,10 +111,13 @@ def test_a_refusal_names_what_needs_least(plan_in: MakePlan) -> None:
     assert "raise --memory" in raised.value.hint
 
 
-def test_other_reasons_name_no_recipe(plan_in: MakePlan) -> None:
+def test_other_reasons_name_what_can_run(plan_in: MakePlan) -> None:
     with pytest.raises(RequestError) as raised:
         plan_in(64, "cast-dtype{dtype=float16}", others=TEXTS)
-    assert raised.value.hint is None
+    assert raised.value.hint is not None and raised.value.hint.startswith("these can: ")
+    with pytest.raises(RequestError) as raised:
+        plan_in(64, "cast-dtype{dtype=float16}", others=())
+    assert raised.value.hint is not None and "optimize doctor" in raised.value.hint
 
 
 def test_without_a_reference_there_is_no_plan(plan_in: MakePlan) -> None:

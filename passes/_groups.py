@@ -1,0 +1,16 @@
+"""Four bits share a scale among a group of a row's weights."""
+
+from __future__ import annotations
+
+from optimize.models.checkpoint import read_config
+from optimize.pipeline.contract import Checkpoint
+
+
+def why_no_groups(checkpoint: Checkpoint, group: int) -> str | None:
+    """Why rows of a language model's products cannot be cut into groups of so many weights; or None."""
+    if group < 1:
+        return f"group={group} is not at least 1"
+    config, sizes = read_config(checkpoint.folder), checkpoint.dimensions
+    attended = config.get("num_attention_heads", 0) * (config.get("head_dim") or 0)  # what attention's output takes
+    cut = next((size for size in (sizes.hidden, sizes.intermediate, attended) if size % group), None)
+    return None if cut is None else f"rows of {cut} weights are no whole groups of {group}: a smaller group may fit"
