@@ -10,6 +10,7 @@ from optimize.models.casting import align_weights
 from optimize.models.checkpoint import quantization, read_config
 from optimize.models.loading import copy_carried, load_model, model_without_weights
 from optimize.models.weights import inspect_weights
+from optimize.passes._share import share_of_layers
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
 
@@ -68,10 +69,8 @@ class QuantizeBitsandbytes(Pass):
         linear = {n: each for n, each in plain.named_modules() if isinstance(each, torch.nn.Linear | Conv1D)}
         head = plain.get_output_embeddings()
         left = sorted(name for name, each in linear.items() if each is head or not _fits(each))
-        weights = {name: each.weight.numel() for name, each in linear.items() if each is not head}
-        share = 1 - sum(weights.get(name, 0) for name in left) / max(sum(weights.values()), 1)
-        if share < 0.5:
-            raise ValueError(f"only {share:.0%} of its linear layers' weights come in blocks of {ROWS} x {COLUMNS}")
+        taken = [each for name, each in linear.items() if name not in left]
+        share = share_of_layers(plain, taken, f"bitsandbytes, by blocks of {ROWS} x {COLUMNS},")
         config = BitsAndBytesConfig(
             load_in_8bit=self.mode == "int8", load_in_4bit=self.mode == "nf4", llm_int8_skip_modules=left,
             bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,

@@ -196,6 +196,10 @@ def read_manifest(folder: Path) -> Manifest:
             + (f"; that run did not come to its end: {unfinished}" if unfinished else ""),
             hint="run the same optimize command again, and name its --out" if unfinished else "name the run's --out",
         )
+    if not (folder / FILE).exists() and (below := sorted(path.parent for path in folder.glob(f"*/{FILE}"))):
+        raise ArtifactError(
+            f"{folder} has no {FILE} itself", hint=f"name what lies in it: {', '.join(map(str, below[:3]))}"
+        )
     manifest: Manifest = _read(folder / FILE, Manifest)
     return manifest
 

@@ -122,8 +122,11 @@ def test_layers_that_are_stored_transposed_are_quantized(make_language_model: Ma
 
 def test_what_cannot_be_quantized_is_said(make_language_model: MakeCheckpoint, tmp_path: Path) -> None:
     narrow = Artifact(Kind.CHECKPOINT, make_language_model(hidden_size=48), "", "")
-    with pytest.raises(ValueError, match="come in blocks of 32 x 64"):
-        QuantizeBitsandbytes(mode="nf4").run(narrow, Context(TASK, probe()), tmp_path)
+    experts = {"moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2}  # which are no linear layers
+    mixed = Artifact(Kind.CHECKPOINT, make_language_model("Qwen3MoeForCausalLM", **experts), "", "")
+    for source in (narrow, mixed):
+        with pytest.raises(ValueError, match="are linear ones that bitsandbytes, by blocks of 32 x 64, can quantize"):
+            QuantizeBitsandbytes(mode="nf4").run(source, Context(TASK, probe()), tmp_path)
     with pytest.raises(ValueError, match=r"put cast-dtype\{dtype=float16\} before"):
         QuantizeBitsandbytes().run(narrow, Context(TASK, probe()), tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))

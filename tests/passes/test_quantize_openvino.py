@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from optimize.models.checkpoint import resolve
 from optimize.models.encoding import encode
 from optimize.models.examples import read_examples
 from optimize.models.tasks import TASKS
@@ -15,7 +16,9 @@ from optimize.passes.convert_openvino import IR, ConvertOpenvino
 from optimize.passes.quantize_openvino import QuantizeOpenvino
 from optimize.pipeline.batches import Encoded, load_batches, save_batches
 from optimize.pipeline.contract import Artifact, Context, Kind
+from optimize.pipeline.recipe import parse
 from optimize.targets.cpu import probe
+from tests.conftest import MakeCheckpoint
 
 TASK = "feature-extraction"
 FIRST_PRODUCT = "linear_0/aten.linear.default/MatMul"
@@ -33,6 +36,18 @@ def converted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Art
     out.mkdir()
     ConvertOpenvino().run(Artifact(Kind.CHECKPOINT, tiny, "key", "digest"), context, out)
     return Artifact(Kind.OPENVINO, out, "key", "digest"), context
+
+
+def test_rows_that_are_no_whole_groups_are_left_out_of_the_plan(
+    make_language_model: MakeCheckpoint,
+) -> None:
+    folder = make_language_model(hidden_size=96, num_attention_heads=4, num_key_value_heads=4, head_dim=40)
+    checkpoint = resolve(str(folder))
+    text, groups = "convert-openvino,quantize-openvino{{mode=int4;group={}}}", (0, 16, 32, 96)
+    reasons = {group: parse(text.format(group)).why_not(checkpoint, probe()) for group in groups}
+    assert reasons[16] is None
+    assert "rows of 160 weights are no whole groups of 96" in str(reasons[96])  # what attention's output takes
+    assert reasons[32] is None and "group=0 is not at least 1" in str(reasons[0])
 
 
 def test_bias_correction_takes_the_mean_error_away(
