@@ -29,13 +29,14 @@ def load_model(
     task needs: transformers would fill them with random numbers and go on. A pooler that was never trained is left out.
 
     Weights are mapped into memory, not read: they count as resident where they are used, and the kernel may drop them.
-    So weights of another dtype are cast into a temporary file first, which then is mapped in their place.
+    So weights of another dtype are cast into a temporary file first, which then is mapped in their place; on their way
+    to another device they are cast one by one.
     """
     import torch
     import transformers
 
     stored = inspect_weights(folder).dtype
-    if dtype not in (None, stored):
+    if device == "cpu" and dtype not in (None, stored):
         # a mapped file is there for as long as its mapping, whatever becomes of its name
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             cast_checkpoint(folder, Path(scratch), str(dtype), task)
@@ -43,7 +44,7 @@ def load_model(
     auto_class = getattr(transformers, TASKS[task].auto_class)
     method = quantized_by(folder)
     options: dict[str, Any] = {
-        "dtype": "auto" if method else getattr(torch, stored),
+        "dtype": "auto" if method else getattr(torch, dtype or stored),
         "local_files_only": True,
         "trust_remote_code": False,
         "use_safetensors": True,

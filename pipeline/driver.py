@@ -76,7 +76,8 @@ class Request:
         target, defaults = find_target(self.target)
         target = _within(target, self.memory)
         cache = cache_folder(self.cache)
-        checkpoint = cast(Checkpoint, checkpoints.resolve(self.model, self.task, memory=target.memory))
+        held = None if target.gpus else target.memory  # the reference is on the GPU, if there is one
+        checkpoint = cast(Checkpoint, checkpoints.resolve(self.model, self.task, memory=held))
         out = self.out if self.out is not None else Path(f"{checkpoint.name}-{target.name}")
         check_out(out, cache)
         task = tasks.TASKS[checkpoint.task]

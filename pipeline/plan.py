@@ -87,7 +87,7 @@ class Plan:
     budget: float  # seconds for measuring
     evaluation: str  # what accuracy is judged on, in words
     calibration_digest: str | None
-    reference: Step | None  # what makes the float32 reference, where the checkpoint itself is not float32
+    reference: Step | None  # what makes the float32 reference; nothing, where it is opened from the checkpoint
     reference_memory: int = 0  # bytes that the reference's worker has resident at most, by estimate
     baseline_memory: int = 0  # the same of the baseline's
     environments: Mapping[str, Environment] = field(default_factory=dict)  # by toolchain, of those that are used
@@ -261,6 +261,8 @@ def make_plan(
     left_out: list[LeftOut] = []
     reference = planner.eager("cast-dtype{dtype=float32}" if checkpoint.dtype != "float32" else UNCHANGED)
     eager = planner.eager(UNCHANGED).need
+    if target.gpus:  # weights are cast one by one on their way there
+        reference = replace(reference, steps=(), need=replace(reference.need, build=0, run=eager.run))
     baseline = eager.run
     _check_reference_fits(reference.need, eager, target)
     for recipe in recipes:

@@ -130,12 +130,13 @@ class Run:
         try:
             if self.plan.reference is not None:
                 artifact = self._builder.build(self.plan.reference, artifact)[0].artifact
-            same = self.plan.reference is None
+            same = checkpoint.dtype == "float32"
             if DRIVER + FRAMEWORKS + self.plan.reference_memory > self.plan.target.memory:
                 self._builder.end()
             opened = self.trial.open(
-                "baseline" if same else "reference", Kind.CHECKPOINT, artifact.path, self.plan.reference_gpus
-            )
+                "baseline" if same else "reference", Kind.CHECKPOINT, artifact.path, self.plan.reference_gpus,
+                None if same or self.plan.reference else "float32",
+            )  # fmt: skip
             with ExitStack() as stack:
                 stack.enter_context(opened.worker)
                 outputs = {

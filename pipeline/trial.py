@@ -75,8 +75,9 @@ class Trial:
             report.host.target.device_type, gpus=report.host.target.gpus,
         )  # fmt: skip
 
-    def open(self, name: str, kind: Kind, path: Path, gpus: int = 1) -> Opened:
-        """Open an artifact in a new worker; a checkpoint's layers may lie over several GPUs, one after the other.
+    def open(self, name: str, kind: Kind, path: Path, gpus: int = 1, dtype: str | None = None) -> Opened:
+        """Open an artifact in a new worker; a checkpoint's layers may lie over several GPUs, one after the other, and
+        be computed in another `dtype` than it has.
 
         Raises WorkerError, and leaves no process behind then.
         """
@@ -86,7 +87,7 @@ class Trial:
             took = worker.ask(
                 "open", limit=STEP_LIMIT, progress=self.tick, kind=kind, path=str(path), task=self.task,
                 cores=self.cores, cells=str(self.inputs / f"{CELLS}.npz"), tokenizer=str(self.tokenizer),
-                device=SPREAD if gpus > 1 else self.device, names=list(map(str, self.workload)),
+                device=SPREAD if gpus > 1 else self.device, names=list(map(str, self.workload)), dtype=dtype,
             )  # fmt: skip
         except BaseException:
             worker.close()

@@ -103,10 +103,11 @@ class Worker:
         tokenizer: str,
         device: str = "cpu",
         names: Sequence[str] = (),
+        dtype: str | None = None,
     ) -> dict[str, float]:
         """Open an artifact and run every cell once: seconds of opening and of the first call, most bytes resident.
 
-        `names` are those of the cells, for errors.
+        `names` are those of the cells, for errors; `dtype` is the one to compute a checkpoint in, if not its own.
         """
         from optimize.pipeline.batches import load_batches
         from optimize.targets.runtimes import open_session
@@ -115,7 +116,7 @@ class Worker:
         self._names, self.doing = names, "while it was loaded"
         reset_peak_memory()
         start = time.perf_counter()
-        self._session = open_session(Kind(kind), Path(path), task, cores, Path(tokenizer), device)
+        self._session = open_session(Kind(kind), Path(path), task, cores, Path(tokenizer), device, dtype)
         loaded = time.perf_counter()
         self._cells = [call_of(self._session, batch) for batch in batches]
         self._cell(0).timed()  # which on a GPU waits until it is done

@@ -51,13 +51,15 @@ def weights_key(weights: Array) -> str:
 
 
 def open_session(
-    kind: Kind, path: Path, task: str, cores: int, tokenizer: Path | None = None, device: str = "cpu"
-) -> Session:
+    kind: Kind, path: Path, task: str, cores: int, tokenizer: Path | None = None, device: str = "cpu",
+    dtype: str | None = None,
+) -> Session:  # fmt: skip
     """Open an artifact folder with the runtime of its kind, on `cores` threads and that device (torch's spelling). An
-    emitted one has its tokenizer.
+    emitted one has its tokenizer. A checkpoint may be computed in another `dtype` than it has.
     """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read once, by what is imported next: see pipeline/workers.py
     module = importlib.import_module(f"optimize.targets.runtimes.{RUNTIMES[kind]}")
     options: dict[str, Any] = {"tokenizer": tokenizer or path} if kind in TEXTUAL else {}
     options |= {"device": device} if kind in PLACED else {}
+    options |= {"dtype": dtype} if dtype is not None else {}
     return cast(Session, module.open_session(path, task, cores, **options))

@@ -146,9 +146,9 @@ def end_nowhere(model: Any) -> None:
     model.generation_config.pad_token_id = 0
 
 
-def open_session(path: Path, task: str, cores: int, device: str = "cpu") -> EagerSession:
+def open_session(path: Path, task: str, cores: int, device: str = "cpu", dtype: str | None = None) -> EagerSession:
     torch.set_num_threads(cores)
-    model = load_model(path, task, device=device)
+    model = load_model(path, task, dtype, device)
     device = "cuda" if device == SPREAD else device  # where inputs go: the first of them
     if device != "cpu" and not TASKS[task].generates:
         from optimize.targets.runtimes.cuda import CudaSession

@@ -73,9 +73,10 @@ def test_shards_stay_shards(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> 
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_a_model_of_another_dtype_is_the_checkpoint_s_own_values(make_checkpoint: MakeCheckpoint) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])  # by a file, and as to any other device: on their way there
+def test_a_model_of_another_dtype_is_the_checkpoint_s_own_values(make_checkpoint: MakeCheckpoint, device: str) -> None:
     folder = make_checkpoint(dtype="bfloat16")
-    model = load_model(folder, "feature-extraction", "float32")
+    model = load_model(folder, "feature-extraction", "float32", device)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     stored = load_model(folder, "feature-extraction").state_dict()
     assert all(torch.equal(value.to(torch.bfloat16), stored[name]) for name, value in model.state_dict().items())

@@ -320,12 +320,24 @@ def test_a_workload_of_images_that_cannot_be_run_is_refused(text: str, message: 
     assert message in raised.value.message and (message != "is not" or "1,8,32" in str(raised.value.hint))
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("float32", None), ("bfloat16", "cast-dtype{dtype=float32}")])
+@pytest.mark.parametrize(
+    ("dtype", "gpus", "expected"),
+    [("float32", 0, None), ("bfloat16", 0, "cast-dtype{dtype=float32}"), ("float32", 1, None), ("bfloat16", 1, None)],
+)
 def test_the_reference_is_cast_where_the_checkpoint_is_not_float32(
-    checkpoint: Checkpoint, target: Target, versions: dict[str, str], dtype: str, expected: str | None
+    checkpoint: Checkpoint, target: Target, versions: dict[str, str], dtype: str, gpus: int, expected: str | None
 ) -> None:
-    plan = make_plan(dataclasses.replace(checkpoint, dtype=dtype), target, [parse("checkpoint")])
+    host, width = dataclasses.replace(target, gpus=gpus, gpu_memory=80 << 30), 4 if dtype == "float32" else 2
+    plan = make_plan(
+        dataclasses.replace(checkpoint, dtype=dtype, weight_bytes=width * checkpoint.parameters), host,
+        [parse("checkpoint")],
+        running_memory=lambda kind, facts, cells: facts.weight_bytes,
+        gpu_memory=lambda kind, facts, cells, shards: facts.weight_bytes,
+    )  # fmt: skip
     assert (plan.reference.pass_text if plan.reference else None) == expected
+    if gpus:  # where it is cast on its way to the GPU, the host holds no more than what is stored
+        assert plan.reference_memory == plan.baseline_memory
+        assert (plan.reference_gpu > plan.baseline_gpu) is (dtype == "bfloat16")
 
 
 def test_a_plan_says_what_is_cached(
