@@ -19,8 +19,8 @@ from optimize.models.encoding import BATCH_SIZES, LONGEST
 from optimize.models.loading import sample_inputs
 from optimize.passes._compiled_calls import CompiledCalls
 from optimize.passes._joint_linears import join_linears
+from optimize.passes._masks import spare_masks
 from optimize.passes._patch_products import patches_as_products
-from optimize.passes._spared_masks import spare_masks
 from optimize.pipeline.contract import Array, Batch, Cell
 
 GRAPHS, COMPILED = "graphs.json", "compiled"

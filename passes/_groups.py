@@ -7,10 +7,12 @@ from optimize.pipeline.contract import Checkpoint
 
 
 def why_no_groups(checkpoint: Checkpoint, group: int) -> str | None:
-    """Why rows of a language model's products cannot be cut into groups of so many weights; or None."""
+    """Why rows of a model's products cannot be cut into groups of so many weights; or None, as far as its config says:
+    not of experts, nor of what DeepSeek's attention has in between.
+    """
     if group < 1:
         return f"group={group} is not at least 1"
     config, sizes = read_config(checkpoint.folder), checkpoint.dimensions
-    attended = config.get("num_attention_heads", 0) * (config.get("head_dim") or 0)  # what attention's output takes
+    attended = (config.get("num_attention_heads") or 0) * (config.get("head_dim") or 0)  # what attention's output takes
     cut = next((size for size in (sizes.hidden, sizes.intermediate, attended) if size % group), None)
     return None if cut is None else f"rows of {cut} weights are no whole groups of {group}: a smaller group may fit"

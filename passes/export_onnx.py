@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from optimize.models.loading import dynamic_shapes, load_model, sample_inputs
 from optimize.models.tasks import TASKS
+from optimize.passes._masks import plain_masks
 from optimize.passes._onnx import GRAPH, read_graph
-from optimize.passes._spared_masks import plain_masks
 from optimize.pipeline.contract import Artifact, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
 from optimize.pipeline.versions import EXPORTERS, why_older

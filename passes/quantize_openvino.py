@@ -27,6 +27,7 @@ from optimize.pipeline.memory import FRAMEWORKS, MIB
 
 NNCF = 500 * MIB  # what it imports, and holds of a small model
 # how much of an outlying activation channel moves into the weights: NNCF's own 0.95 leaves them too coarse
+ROW = -1  # as group: NNCF's word for a whole one
 SMOOTHING = 0.85
 PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
 WINDOWS = 16  # of calibration text that int4's scales are estimated on, and activations smoothed
@@ -52,7 +53,7 @@ class QuantizeOpenvino(Pass):
     mode: Literal["static", "weights", "int4"] = "static"
     samples: int = 128
     keep: int = 0
-    group: int = 32  # of mode int4: weights that share a scale
+    group: int = 32  # of mode int4: weights that share a scale; -1: those of a whole row
     smooth: bool = False  # of mode weights
 
     def __post_init__(self) -> None:
@@ -75,7 +76,9 @@ class QuantizeOpenvino(Pass):
             return "four bits are for language models"
         if self.smooth and TASKS[checkpoint.task].form is not Form.PROMPTS:
             return "smooth is for language models"
-        return why_no_groups(checkpoint, self.group) if self.mode == "int4" else None
+        if self.mode == "int4" and self.group != ROW:
+            return why_no_groups(checkpoint, self.group)
+        return None
 
     def memory(self, checkpoint: Checkpoint) -> int:
         # what is read is mapped, and compiled for the calibration; what is written is whole in memory

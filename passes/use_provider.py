@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from optimize.passes._links import link_tree
-from optimize.passes._onnx import input_names
+from optimize.passes._onnx import count_nodes, input_names
 from optimize.passes._tensorrt import profile_ranges
 from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind, Pass, Target
 from optimize.pipeline.memory import FRAMEWORKS
@@ -21,6 +21,7 @@ NAMES = {
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
 CAPTURES = "enable_cuda_graph"  # an option of CUDA's
+COUNTING = ("Range", "GatherND")  # operators that positions are made and looked up by
 PREFIX = {"tensorrt": "trt", "tensorrt-rtx": "nv"}  # of the options that both have
 
 
@@ -28,8 +29,9 @@ PREFIX = {"tensorrt": "trt", "tensorrt-rtx": "nv"}  # of the options that both h
 class UseProvider(Pass):
     """The same graph for a GPU: it computes in the types that the graph has, so TF32 is off.
 
-    With `graphs`, CUDA's provider has shapes that come again captured into CUDA graphs, for which all that computes
-    must have been given to it. TensorRT's build their engines where the graph is opened, for the workload's shapes.
+    With `graphs`, CUDA's provider has shapes that come again captured into CUDA graphs; but not of a graph that counts
+    positions, which ONNX Runtime does on the processor. TensorRT's build their engines where the graph is opened, for
+    the workload's shapes.
     Source: https://onnxruntime.ai/docs/execution-providers, https://nvidia.github.io/TensorRT-RTX-EP-ABI
     """
 
@@ -41,11 +43,6 @@ class UseProvider(Pass):
 
     provider: Literal["cuda", "tensorrt", "tensorrt-rtx"] = "cuda"
     graphs: bool = True
-
-    @property
-    def captures(self) -> bool:
-        """Whether what it makes is captured into CUDA graphs."""
-        return self.graphs and self.provider == "cuda"
 
     @property
     def shaped(self) -> bool:
@@ -60,12 +57,14 @@ class UseProvider(Pass):
     def run(self, source: Artifact, context: Context, out: Path) -> dict[str, Any]:
         link_tree(source.path, out)
         options = self._options(input_names(source.path), context.workload)
+        if self.provider == "cuda":
+            options |= {CAPTURES: str(int(self.graphs and not count_nodes(source.path, COUNTING)))}
         (out / PROVIDER).write_text(json.dumps({"provider": NAMES[self.provider], "options": options}, indent=1))
         return {"options": options}
 
     def _options(self, inputs: Sequence[str], workload: Sequence[Cell]) -> dict[str, str]:
         if self.provider == "cuda":
-            return {"use_tf32": "0", CAPTURES: str(int(self.captures))}
+            return {"use_tf32": "0"}
         columns = zip(*profile_ranges(workload), strict=True)
         return {
             f"{PREFIX[self.provider]}_profile_{which}_shapes": ",".join(

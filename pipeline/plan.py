@@ -219,6 +219,11 @@ class _Planner:
                 return f"{step.name}: no calibration data (--data would give some)"
         return None
 
+    def why_too_large(self, planned: PlannedRecipe, eager: Need) -> str | None:
+        """Why it does not fit beside the eager baseline; or None."""
+        large = why_too_large(planned.need, eager.run, self.target.memory)
+        return large or why_gpu_too_small(planned.need, eager, self.free)
+
     def environments(self, recipe: Recipe) -> dict[str, Environment]:
         """By name, those that it needs beside this one. Raises ToolchainError for one that cannot be used."""
         if recipe.toolchains and self.toolchains is None:
@@ -271,8 +276,7 @@ def make_plan(
             left_out.append(LeftOut(recipe, reason))
             continue
         each = planner.plan(recipe)
-        large = why_too_large(each.need, baseline, target.memory)
-        if large := large or why_gpu_too_small(each.need, eager, planner.free):
+        if large := planner.why_too_large(each, eager):
             left_out.append(LeftOut(recipe, large, too_large=True))
             continue
         planned.append(each)
@@ -282,7 +286,8 @@ def make_plan(
     if not planned:
         listed = "; ".join(f"{left.recipe.name}: {left.reason}" for left in left_out)
         able = [each for each in others if planner.why_not(each) is None]
-        can = ", ".join(each.name for each in able[:3])
+        fitting = [each.name for each in able if planner.why_too_large(planner.plan(each), eager) is None]
+        can = ", ".join(fitting[:3])
         hint = f"these can: {can}" if can else "`optimize doctor` tells what this host has"
         if too_large := [left.recipe for left in left_out if left.too_large]:
             needs = {each.name: planner.plan(each).need for each in (*too_large, *able)}

@@ -136,14 +136,15 @@ def _table(report: Report, *, wide: bool) -> object:
 
 def _remarks(report: Report, *, wide: bool) -> str:
     """Lines below the table, of what it has marks or columns for."""
-    roofs = [roof for each in (report.baseline, *report.candidates) if each is not None for roof in each.roofs]
+    sides = [each for each in (report.baseline, *report.candidates) if each is not None and each.roofs]
+    shown = [each.roofs[_most(report.workload)] for each in sides]
     lines = []
     if any(each.speed is not None and each.speed.busy for each in report.candidates):
-        lines.append("?: measured on a busy host, and for no other")
+        lines.append("?: measured on a busy host: it holds for no other")
     if wide and report.peaks:
         told = "limit: of the largest cell, and how much of its time it explains"
         lines.append(f"this host's peaks: {report.peaks}; {told}")
-        if any(roof.share > 1 for roof in roofs):
+        if any(roof.share > 1 for roof in shown):
             lines.append("above 100%: peaks of a busier host, or a runtime that multiplies faster than torch")
     return "".join(f"\n{line}" for line in lines)
 
@@ -191,9 +192,14 @@ def _scaling_text(name: str, found: Scaling, workload: Sequence[Cell]) -> str:
 
 def _limits(side: Candidate | Baseline, cells: Sequence[Cell]) -> list[str]:
     """Throughput at saturation, and what limits the cell with the most tokens."""
-    most = max(range(len(cells)), key=lambda index: cells[index].tokens)
+    most = _most(cells)
     throughput = f"{side.throughput.tokens_per_second:,.0f}" if side.throughput else "-"
     return [throughput, str(side.roofs[most]) if side.roofs else "-"]
+
+
+def _most(cells: Sequence[Cell]) -> int:
+    """Which cell has the most tokens."""
+    return max(range(len(cells)), key=lambda index: cells[index].tokens)
 
 
 def _mib(value: int | None) -> str:

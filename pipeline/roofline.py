@@ -52,7 +52,7 @@ class Roof:
     """One cell of one side: the least time its work takes on this host, and how much of the measured time that is."""
 
     seconds: float
-    share: float  # above 1 where the peaks were measured on a busier host
+    share: float  # above 1 where the peaks were measured on a busier host, or a runtime multiplies faster than torch
     limit: Limit
 
     def __str__(self) -> str:

@@ -6,7 +6,7 @@
 
 Published folders are renamed into place as a whole, so what is under artifacts/ was complete. Its files are checked
 against their digests each time they are about to be used, so what was damaged later is found, reported and rebuilt.
-One process reads a file once, links to it too, for as long as it keeps its place, its size and its time.
+One process reads a file once, links to it too, for as long as it keeps its inode, size and modification time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from optimize.pipeline.contract import Artifact, Kind, StepFacts
 from optimize.pipeline.errors import ArtifactError
 
 TICK = 50_000_000  # nanoseconds that a file system's clock may stand still, and some more
-_digests: dict[tuple[int, ...], str] = {}  # by a file's device, inode, size and time of change
+_digests: dict[tuple[int, ...], str] = {}  # by a file's device, inode, size and modification time
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,25 @@ class Damage:
 
 def sha256_of(path: Path) -> str:
     """Hex digest of one file. What this process has read before, under whatever name, is not read again."""
-    stat, now = path.stat(), time.time_ns()
-    stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    if stamp not in _digests:
-        digest = _read(path)
-        if now - stat.st_mtime_ns < TICK:  # it may be written to once more at the same time
-            return digest
-        _digests[stamp] = digest
-    return _digests[stamp]
-
-
-def _read(path: Path) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
+        stamp, now = _stamp(file), time.time_ns()
+        if (known := _digests.get(stamp)) is not None:
+            return known
+        digest = _read(file)
+        if now - stamp[-1] > TICK and _stamp(file) == stamp:  # else it may be written to once more at the same time
+            _digests[stamp] = digest
+    return digest
+
+
+def _stamp(file: FileIO) -> tuple[int, ...]:
+    stat = os.fstat(file.fileno())
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _read(file: FileIO) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    while size := file.readinto(buffer):
+        digest.update(buffer[:size])
     return digest.hexdigest()
 
 
@@ -111,7 +116,7 @@ class Store:
         return (self._artifacts / key / "artifact.json").is_file()
 
     def get(self, key: str) -> Entry | Damage | None:
-        """The artifact, after checking every byte; why it is unusable; or None when it is not there."""
+        """The artifact, after checking every file; why it is unusable; or None when it is not there."""
         entry = self.describe(key)
         if not isinstance(entry, Entry):
             return entry if (self._artifacts / key).exists() else None

@@ -74,7 +74,7 @@ def by_provider(recipe: str, *, images: bool) -> str:
     """What runs a graph by the provider that a recipe chose."""
     chosen = recipe.rpartition("use-provider")[2]
     opened = _card("parts/plugged-in" if "tensorrt-rtx" in chosen else "parts/built-in")
-    run = _card("parts/run-onnx" if "tensorrt" in chosen or "graphs=false" in chosen else "parts/captured-onnx")
+    run = _card("parts/run-onnx" if "tensorrt" in chosen else "parts/captured-onnx")
     return _card("run/onnxruntime-gpu", open=opened, cast=_card("parts/cast-onnx") if images else "", run=run)
 
 

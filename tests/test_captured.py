@@ -179,10 +179,12 @@ def test_experts_are_captured_in_bfloat16(make_language_model: MakeCheckpoint, t
     load_model(folder, TEXT).to(torch.bfloat16).save_pretrained(half)
     plain, captured = opened(half, tmp_path / "a", TEXT, [(2, 12, 5)], "cuda", compiled=compiled)
     prompts = [TOKENS[:12], TOKENS[12:19]]
-    wanted, found = plain.prefill(prompts, 5), captured.prefill(prompts, 5)
+    answers = [(plain.prefill(prompts, 5), captured.prefill(prompts, 5))]
     for column in range(4):
+        given = np.full(2, 7 + column)
+        answers.append((plain.step(given), captured.step(given)))
+    for wanted, found in answers:
         np.testing.assert_allclose(found, wanted, atol=0.1 * float(np.abs(wanted).max()))
-        wanted, found = plain.step(np.full(2, 7 + column)), captured.step(np.full(2, 7 + column))
 
 
 def test_what_makes_positions_of_a_mask_is_left_out(make_language_model: MakeCheckpoint) -> None:

@@ -42,6 +42,7 @@ from optimize.pipeline.doctor import findings
 from optimize.pipeline.driver import Request
 from optimize.pipeline.errors import ExitCode, HostError, RequestError
 from optimize.pipeline.gpus import GpuMemory, GpuMeter
+from optimize.pipeline.memory import CUDA, FRAMEWORKS
 from optimize.pipeline.plan import make_plan
 from optimize.pipeline.recipe import parse
 from optimize.pipeline.toolchain_files import Toolchain
@@ -264,6 +265,7 @@ def test_a_plan_spreads_a_model_over_as_many_gpus_as_it_takes(tmp_path: Path, mo
         )  # fmt: skip
 
     plan = planned(h200)
+    assert {each.need.build for each in plan.recipes} == {FRAMEWORKS + CUDA}  # nothing but copies and casts is built
     names = ["vllm-bf16", "vllm-bf16-x4", "vllm-bf16-tp2", "vllm-bf16-tp2-x2", "vllm-bf16-tp4",
              "eager-bf16-tp2", "eager-bf16-tp4"]  # fmt: skip
     assert [each.recipe.name for each in plan.recipes] == names

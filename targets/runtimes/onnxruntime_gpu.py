@@ -24,7 +24,7 @@ from optimize.pipeline.errors import HostError
 from optimize.targets.runtimes.onnxruntime import OnnxSession
 
 RTX = NAMES["tensorrt-rtx"]
-GRAPHS = 16  # after so many no other shape of text is captured: a session never gives one back
+GRAPHS = 16  # shapes that come again and are captured, at most: a session never gives one back
 GRAPH_ID, NONE = "gpu_graph_id", -1  # of a run: which CUDA graph it replays, or captures first
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -47,7 +47,8 @@ class Bound:
 
 
 class OnnxGpuSession(OnnxSession):
-    """What is timed is a call whose inputs lie on the device and whose outputs stay there: it returns when they do.
+    """What is timed is a call whose inputs lie on the device and whose outputs stay there, until the next call: it
+    returns when they do.
 
     With `captures`, the provider makes a CUDA graph of each shape that is timed, and of GRAPHS that come again.
     """
@@ -56,11 +57,12 @@ class OnnxGpuSession(OnnxSession):
         super().__init__(session)
         self._device, self._captures = device, captures
         self._seen: set[Shapes] = set()
+        self._again: set[Shapes] = set()
         self._graphs: dict[Shapes, Bound] = {}
 
     def run(self, batch: Batch) -> dict[str, Array]:
         arrays = self._arrays(batch)
-        bound = self._again(arrays) if self._captures else None
+        bound = self._repeated(arrays) if self._captures else None
         if bound is None:
             outputs = self._session.run(None, dict(zip(self.inputs, arrays, strict=True)), _graph(NONE))
         else:
@@ -85,26 +87,30 @@ class OnnxGpuSession(OnnxSession):
 
     @staticmethod
     def seconds(call: Callable[[], Any]) -> float:
-        """Of one call, by the host's clock."""
+        """Of one call, by the host's clock: ONNX Runtime shows no stream whose events could be timed."""
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
 
     def _uncaptured(self, binding: onnxruntime.IOBinding) -> Callable[[], list[OrtValue]]:
+        options = _graph(NONE)
+
         def call() -> list[OrtValue]:
-            self._session.run_with_iobinding(binding, _graph(NONE))
+            self._session.run_with_iobinding(binding, options)
             found: list[OrtValue] = binding.get_outputs()
             return found
 
         return call
 
-    def _again(self, arrays: list[Array]) -> Bound | None:
+    def _repeated(self, arrays: list[Array]) -> Bound | None:
         """What replays a batch of these shapes; None the first time that they come, and where enough others have."""
         shapes = _shapes(arrays)
-        if shapes in self._graphs or (shapes in self._seen and len(self._graphs) < GRAPHS):
-            return self._captured(arrays)
-        self._seen.add(shapes)
-        return None
+        if shapes not in self._graphs and (shapes not in self._seen or len(self._again) == GRAPHS):
+            self._seen.add(shapes)
+            return None
+        if shapes not in self._graphs:
+            self._again.add(shapes)
+        return self._captured(arrays)
 
     def _captured(self, arrays: list[Array]) -> Bound:
         shapes = _shapes(arrays)

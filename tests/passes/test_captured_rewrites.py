@@ -15,8 +15,8 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from optimize.models.loading import load_model
 from optimize.passes._cuda_graphs import GRAPHS, Captured
+from optimize.passes._masks import SPARED, spare_masks
 from optimize.passes._patch_products import patches_as_products
-from optimize.passes._spared_masks import SPARED, spare_masks
 from tests.conftest import MakeCheckpoint
 
 

@@ -5,12 +5,15 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from optimize.models.encoding import encode
+from optimize.models.images import encode_sample
 from optimize.passes._onnx import read_graph
 from optimize.passes.export_onnx import ExportOnnx
 from optimize.passes.use_provider import CAPTURES, PROVIDER, UseProvider
@@ -23,7 +26,7 @@ from optimize.pipeline.usage import by_provider
 from optimize.targets.cpu import probe
 from optimize.targets.runtimes import open_session
 from optimize.targets.runtimes.onnxruntime_gpu import GRAPHS, OnnxGpuSession
-from tests.conftest import QUICK, Cli
+from tests.conftest import QUICK, Cli, MakeCheckpoint
 
 TASK = "feature-extraction"
 TOOLCHAIN = "OPTIMIZE_TOOLCHAIN_ONNXRUNTIME_GPU"
@@ -34,7 +37,8 @@ CELLS = (Cell(1, 32), Cell(8, 128))
 @pytest.fixture(scope="module")
 def graph(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("graph")
-    ExportOnnx(dtype="float16").run(Artifact(Kind.CHECKPOINT, tiny, "", ""), Context(TASK, probe()), folder)
+    step = ExportOnnx(dtype="float16", provider="cuda")
+    step.run(Artifact(Kind.CHECKPOINT, tiny, "", ""), Context(TASK, probe()), folder)
     return Artifact(Kind.ONNX, folder, "", "")
 
 
@@ -126,21 +130,78 @@ def test_a_graph_for_cuda_counts_no_positions_and_answers_as_the_model_does(tiny
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_the_card_captures_what_it_is_given(
-    graph: Artifact, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("family", "captures"), [("Roberta", "1"), ("MPNet", "0")]
+)  # the latter counts positions for its own attention
+def test_what_counts_positions_is_not_captured(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, family: str, captures: str
+) -> None:
+    folder, out = tmp_path / "graph", tmp_path / "out"
+    for each in (folder, out):
+        each.mkdir()
+    context = Context(TASK, probe())
+    source = Artifact(Kind.CHECKPOINT, make_checkpoint(f"{family}Model", f"{family}Config"), "", "")
+    ExportOnnx(provider="cuda").run(source, context, folder)
+    facts = UseProvider().run(Artifact(Kind.ONNX, folder, "", ""), context, out)
+    assert facts["options"][CAPTURES] == captures
+
+
+@pytest.mark.parametrize("captures", ["1", "0"])
+@pytest.mark.parametrize("options", ["", "{graphs=false}", "{provider=tensorrt}"])
+def test_the_card_runs_what_it_is_given(
+    graph: Artifact, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, captures: str
 ) -> None:
     UseProvider().run(graph, Context(TASK, probe()), tmp_path)
-    chosen = {"provider": "CPUExecutionProvider", "options": {}}
-    (tmp_path / PROVIDER).write_text(json.dumps(chosen))
+    chosen = {"provider": "CPUExecutionProvider", "options": {CAPTURES: captures}}
     monkeypatch.chdir(tmp_path)
+    (tmp_path / PROVIDER).write_text(json.dumps(chosen))
     batch = encode(tiny, [{"text": "The tide came in."}], 16, (1,))[0]
     expected = open_session(Kind.ONNX, graph.path, TASK, 1).run(batch)["last_hidden_state"]
-    for options in ("", "{graphs=false}", "{provider=tensorrt}"):
-        lines = by_provider(f"{FUSED},use-provider{options}", images=False)
-        assert ("gpu_graph_id" in lines) == (not options)
-        names = {"inputs": batch}
-        exec(lines.replace('"cuda"', '"cpu"'), names)
-        np.testing.assert_array_equal(names["outputs"]["last_hidden_state"].astype(np.float32), expected)
+    session, given = onnxruntime.InferenceSession, list[object]()
+
+    def opened(path: str, providers: list[object]) -> onnxruntime.InferenceSession:
+        given.extend(providers)
+        return session(path, providers=["CPUExecutionProvider"])  # which has no such option
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+    lines = by_provider(f"{FUSED},use-provider{options}", images=False)
+    assert ("gpu_graph_id" in lines) == (options != "{provider=tensorrt}")
+    names: dict[str, Any] = {"inputs": batch}
+    exec(lines.replace('"cuda"', '"cpu"'), names)
+    np.testing.assert_array_equal(names["outputs"]["last_hidden_state"].astype(np.float32), expected)
+    assert given == [(chosen["provider"], chosen["options"])]
+
+
+def test_images_are_narrowed_to_what_the_graph_takes(
+    make_image_classifier: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking, task = make_image_classifier(), "image-classification"
+    source = Artifact(Kind.CHECKPOINT, looking, "", "")
+    ExportOnnx(dtype="float16").run(source, Context(task, probe()), tmp_path)
+    made = Artifact(Kind.ONNX, tmp_path, "", "")
+    batch = encode_sample(looking)
+    expected = open_session(Kind.CHECKPOINT, looking, task, 1).run(batch)["logits"]
+    for session in (open_session(Kind.ONNX, tmp_path, task, 1), bound(made, captures=True)):
+        np.testing.assert_allclose(session.run(batch)["logits"], expected, atol=0.05 * np.abs(expected).max())
+    (tmp_path / PROVIDER).write_text(json.dumps({"provider": "CPUExecutionProvider", "options": {CAPTURES: "0"}}))
+    monkeypatch.chdir(tmp_path)
+    lines = by_provider(f"{FUSED},use-provider{{graphs=false}}", images=True)
+    lines = lines.replace("providers=[provider]", "providers=['CPUExecutionProvider']").replace('"cuda"', '"cpu"')
+    names: dict[str, Any] = {"inputs": batch}
+    exec(lines, names)
+    np.testing.assert_allclose(names["outputs"]["logits"], expected, atol=0.05 * np.abs(expected).max())
+
+
+def test_what_is_refused_to_be_captured_is_told_with_what_takes_it(
+    graph: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise Fail("This session cannot use the graph capture feature as requested by the user")
+
+    UseProvider().run(graph, Context(TASK, probe()), tmp_path)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(ValueError, match=r"use-provider\{graphs=false\} takes it: This session cannot"):
+        open_session(Kind.ONNX_GPU, tmp_path, TASK, 1)
 
 
 def test_a_version_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

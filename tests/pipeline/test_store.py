@@ -28,7 +28,6 @@ KEY, OTHER = "a" * 64, "b" * 64
 BUILDER = """
 import sys
 from pathlib import Path
-from optimize.pipeline import store as store_module
 from optimize.pipeline.contract import Kind, StepFacts
 from optimize.pipeline.store import Store
 store, key = Store(Path(sys.argv[1])), sys.argv[2]
@@ -47,7 +46,6 @@ with store.lock(key, waiting=lambda: print("waiting", flush=True)):
 CHURN = """
 import random, sys
 from pathlib import Path
-from optimize.pipeline import store as store_module
 from optimize.pipeline.contract import Kind, StepFacts
 from optimize.pipeline.store import Damage, Store
 store, chance = Store(Path(sys.argv[1])), random.Random(int(sys.argv[2]))
@@ -324,7 +322,7 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
 def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, link, reads = tmp_path / "weights", tmp_path / "link", list[object]()
     read = store_module._read
-    monkeypatch.setattr(store_module, "_read", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(store_module, "_read", lambda file: reads.append(file) or read(file))
     path.write_bytes(b"abc")
     os.utime(path, (1, 1))
     os.link(path, link)

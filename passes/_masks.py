@@ -1,4 +1,4 @@
-"""Masks of transformers' attention, of fewer operations: none where nothing is masked, or one made of no positions.
+"""Masks for transformers' attention that take fewer operations: none where nothing is masked, or one of padding alone.
 
 Up to 5.17, transformers makes a mask of ones wherever a model is traced or captured. Its last axis is one value that
 is repeated, which none of torch's fast kernels for attention takes: what is left computes in float32, step by step.
@@ -15,7 +15,7 @@ SPARED, PLAIN = "spared", "plain"  # names of our attention for transformers
 
 def spare_masks(model: Any) -> None:
     """Have attention to all of the sequence take no mask, in a model that is given none and attends by torch's SDPA."""
-    _attend(model, SPARED, _no_mask)
+    _attend(model, SPARED, _spared)
 
 
 def plain_masks(model: Any) -> None:
@@ -37,7 +37,7 @@ def _attend(model: Any, name: str, mask: Callable[..., Any]) -> None:
     model.set_attn_implementation(name)
 
 
-def _no_mask(*, attention_mask: Any = None, local_size: int | None = None, **options: Any) -> Any:
+def _spared(*, attention_mask: Any = None, local_size: int | None = None, **options: Any) -> Any:
     """As transformers' mask functions; `allow_is_bidirectional_skip` is said of what attends to all, both ways."""
     from transformers.masking_utils import sdpa_mask
 
@@ -47,10 +47,10 @@ def _no_mask(*, attention_mask: Any = None, local_size: int | None = None, **opt
 
 
 def _padding(*, attention_mask: Any = None, local_size: int | None = None, dtype: Any = None, **options: Any) -> Any:
-    """As _no_mask. [batch, 1, 1, sequence] of `dtype`: 0 for a token, the least number for padding."""
+    """As _spared. [batch, 1, 1, sequence] of `dtype`: 0 for a token, the least number for padding."""
     import torch
 
     whole = options.get("allow_is_bidirectional_skip") and local_size is None
     if not whole or attention_mask is None or attention_mask.dim() != 2:
-        return _no_mask(attention_mask=attention_mask, local_size=local_size, dtype=dtype, **options)
+        return _spared(attention_mask=attention_mask, local_size=local_size, dtype=dtype, **options)
     return (1 - attention_mask[:, None, None].to(dtype)) * torch.finfo(dtype).min
