@@ -35,7 +35,7 @@ What has no line above is not in this version. What is, but was never run, or on
 
 | what | state |
 |---|---|
-| target `gpu` | on an H100, and on H200s (torch 2.11), with its tests; on no other GPU |
+| target `gpu` | on an H100, and on H200s (torch 2.11), with its tests but the newest; on no other GPU |
 | `compile-cuda` | on an H100 and on H200s, to the end; `attention=...` changed nothing there, and was not run since |
 | target `multi-gpu` | vLLM with two processes on a processor (tensor parallel, and two copies); begun on two H200s |
 | `shard-tensors` | run with two processes on a processor (gloo; transformers 5.17 and 5.23); on GPUs (NCCL): not run |
@@ -46,7 +46,7 @@ What has no line above is not in this version. What is, but was never run, or on
 | TensorRT-LLM | `build-tensorrt-llm` is written after its source; only run against a stand-in for it |
 | TensorRT | `build-tensorrt` and its runtime are written; TensorRT's own libraries were not there to run them |
 | TensorRT for RTX | engines are built here; none was run, for want of an RTX GPU, nor inspected, for want of a driver |
-| ONNX Runtime's GPU providers | CUDA's on an H200, captured, to the end; TensorRT's two: written, not run |
+| ONNX Runtime's GPU providers | CUDA's on an H200, captured, its test to the end; TensorRT's two: written, not run |
 | workers on Python 3.10 | types are checked as 3.10 has them; run on 3.11 and 3.12 alone |
 | OpenVINO Model Server | not run here: a language model in OpenVINO is run by openvino-genai |
 | Ollama | written after its documentation and source of August 2026; only run against a stand-in, never a real Ollama |

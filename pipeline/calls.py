@@ -37,8 +37,8 @@ class Call:
 
 
 class DeviceCall(Call):
-    """Of a session that computes on a GPU: its inputs lie there before it is timed, its outputs stay there, and its
-    seconds lie between two events of the device.
+    """Of a session that computes on a GPU: its inputs lie there before it is timed, its outputs stay there. Its seconds
+    are the session's to tell: those between two events of the device, where it has them.
     """
 
     def __init__(self, session: Any, batch: Mapping[str, Any]) -> None:
