@@ -13,6 +13,7 @@ def why_no_groups(checkpoint: Checkpoint, group: int) -> str | None:
     if group < 1:
         return f"group={group} is not at least 1"
     config, sizes = read_config(checkpoint.folder), checkpoint.dimensions
-    attended = (config.get("num_attention_heads") or 0) * (config.get("head_dim") or 0)  # what attention's output takes
+    heads, size = (config.get(name) for name in ("num_attention_heads", "head_dim"))  # some have a list of them
+    attended = heads * size if isinstance(heads, int) and isinstance(size, int) else 0  # what attention's output takes
     cut = next((size for size in (sizes.hidden, sizes.intermediate, attended) if size % group), None)
     return None if cut is None else f"rows of {cut} weights are no whole groups of {group}: a smaller group may fit"

@@ -47,10 +47,11 @@ def _spared(*, attention_mask: Any = None, local_size: int | None = None, **opti
 
 
 def _padding(*, attention_mask: Any = None, local_size: int | None = None, dtype: Any = None, **options: Any) -> Any:
-    """As _spared. [batch, 1, 1, sequence] of `dtype`: 0 for a token, the least number for padding."""
+    """As _spared. [batch, 1, queries, sequence] of `dtype`: 0 for a token, the least number for padding."""
     import torch
 
     whole = options.get("allow_is_bidirectional_skip") and local_size is None
     if not whole or attention_mask is None or attention_mask.dim() != 2:
         return _spared(attention_mask=attention_mask, local_size=local_size, dtype=dtype, **options)
-    return (1 - attention_mask[:, None, None].to(dtype)) * torch.finfo(dtype).min
+    added = (1 - attention_mask[:, None, None].to(dtype)) * torch.finfo(dtype).min
+    return added.expand(-1, -1, options["q_length"], -1)

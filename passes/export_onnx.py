@@ -30,10 +30,10 @@ class ExportOnnx(Pass):
     version: ClassVar = 3
     tools: ClassVar = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 
-    opset: Literal[18, 19, 20, 21, 22, 23] = 20
+    opset: Literal[17, 18, 19, 20, 21, 22, 23, 24, 25] = 20
     fused: bool = False
     provider: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Literal["float32", "float16"] = "float32"  # numpy, which runtimes are fed by, has no bfloat16
 
     @property
     def arithmetic(self) -> str | None:

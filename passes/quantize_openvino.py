@@ -59,6 +59,8 @@ class QuantizeOpenvino(Pass):
     def __post_init__(self) -> None:
         if self.smooth and self.mode != "weights":
             raise RequestError(f"{self.name}: smooth is for mode=weights alone")
+        if self.group != type(self).group and self.mode != "int4":
+            raise RequestError(f"{self.name}: group is for mode=int4 alone")
         check_options(self.name, samples=self.samples, keep=self.keep, ranks=self.mode == "static")
 
     @property

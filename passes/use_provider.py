@@ -12,6 +12,7 @@ from optimize.passes._links import link_tree
 from optimize.passes._onnx import count_nodes, input_names
 from optimize.passes._tensorrt import profile_ranges
 from optimize.pipeline.contract import Artifact, Cell, Checkpoint, Context, Kind, Pass, Target
+from optimize.pipeline.errors import RequestError
 from optimize.pipeline.memory import FRAMEWORKS
 
 PROVIDER = "provider.json"  # which provider, and its options
@@ -43,6 +44,10 @@ class UseProvider(Pass):
 
     provider: Literal["cuda", "tensorrt", "tensorrt-rtx"] = "cuda"
     graphs: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.graphs and self.provider != "cuda":
+            raise RequestError(f"{self.name}: graphs is for provider=cuda alone")
 
     @property
     def shaped(self) -> bool:

@@ -196,12 +196,16 @@ def read_manifest(folder: Path) -> Manifest:
             + (f"; that run did not come to its end: {unfinished}" if unfinished else ""),
             hint="run the same optimize command again, and name its --out" if unfinished else "name the run's --out",
         )
-    if not (folder / FILE).exists() and (below := sorted(path.parent for path in folder.glob(f"*/{FILE}"))):
-        raise ArtifactError(
-            f"{folder} has no {FILE} itself", hint=f"name what lies in it: {', '.join(map(str, below[:3]))}"
-        )
+    if not (folder / FILE).exists() and (near := _near(folder)):
+        raise ArtifactError(f"{folder} has no {FILE}", hint=f"one lies in {', '.join(map(str, near[:3]))}")
     manifest: Manifest = _read(folder / FILE, Manifest)
     return manifest
+
+
+def _near(folder: Path) -> list[Path]:
+    """Emitted folders in this one, in those, and above."""
+    return sorted(path.parent for path in (*folder.glob(f"*/{FILE}"), *folder.glob(f"*/*/{FILE}"), folder.parent / FILE)
+                  if path.is_file())  # fmt: skip
 
 
 def read_report(folder: Path) -> Report:

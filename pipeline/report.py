@@ -170,7 +170,7 @@ def _cells(candidate: Candidate, report: Report, workload: int, wide: bool) -> l
         ratios = [cell.speedup for cell in speed.cells[:workload]]
         speeds = [*(str(ratio) if wide else f"{ratio.value:.2f}" for ratio in ratios), str(speed.overall)]
         if speed.busy:
-            speeds = [f"{text} ?" for text in speeds]
+            speeds = [f"? {text}" for text in speeds]
     build = f"{candidate.build_seconds:.0f}" if candidate.steps else "-"
     load = "-" if candidate.load_seconds is None else f"{candidate.load_seconds:.1f}"
     costs = [

@@ -27,7 +27,7 @@ from typing import Any
 from optimize.pipeline.contract import Artifact, Kind, StepFacts
 from optimize.pipeline.errors import ArtifactError
 
-TICK = 50_000_000  # nanoseconds that a file system's clock may stand still, and some more
+TICK, SECOND = 50_000_000, 1_000_000_000  # nanoseconds that a file system's clock may stand still, and some more
 _digests: dict[tuple[int, ...], str] = {}  # by a file's device, inode, size and modification time
 
 
@@ -57,7 +57,8 @@ def sha256_of(path: Path) -> str:
         if (known := _digests.get(stamp)) is not None:
             return known
         digest = _read(file)
-        if now - stamp[-1] > TICK and _stamp(file) == stamp:  # else it may be written to once more at the same time
+        still = TICK if stamp[-1] % SECOND else 2 * SECOND  # of one that has whole seconds alone
+        if now - stamp[-1] > still and _stamp(file) == stamp:  # else it may be written to once more at the same time
             _digests[stamp] = digest
     return digest
 

@@ -25,6 +25,7 @@ from optimize.targets.runtimes.onnxruntime import OnnxSession
 
 RTX = NAMES["tensorrt-rtx"]
 GRAPHS = 16  # shapes that come again and are captured, at most: a session never gives one back
+SEEN = 1024  # shapes that are remembered to have come once
 GRAPH_ID, NONE = "gpu_graph_id", -1  # of a run: which CUDA graph it replays, or captures first
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -106,7 +107,8 @@ class OnnxGpuSession(OnnxSession):
         """What replays a batch of these shapes; None the first time that they come, and where enough others have."""
         shapes = _shapes(arrays)
         if shapes not in self._graphs and (shapes not in self._seen or len(self._again) == GRAPHS):
-            self._seen.add(shapes)
+            if len(self._seen) < SEEN:
+                self._seen.add(shapes)
             return None
         if shapes not in self._graphs:
             self._again.add(shapes)
@@ -141,7 +143,7 @@ class OnnxGpuSession(OnnxSession):
         return [np.ascontiguousarray(array) for array in self._feed(batch).values()]
 
     def _put(self, arrays: list[Array]) -> list[OrtValue]:
-        return [OrtValue.ortvalue_from_numpy(array, self._device, 0) for array in arrays]
+        return [OrtValue.ortvalue_from_numpy(array.copy(), self._device, 0) for array in arrays]  # never the caller's
 
 
 def _shapes(arrays: list[Array]) -> Shapes:

@@ -47,6 +47,7 @@ def test_rows_that_are_no_whole_groups_are_left_out_of_the_plan(
     reasons = {group: parse(text.format(group)).why_not(checkpoint, probe()) for group in groups}
     assert reasons[16] is None
     assert "rows of 160 weights are no whole groups of 96" in str(reasons[96])  # what attention's output takes
+    assert parse(text.format(-1)).why_not(checkpoint, probe()) is None  # a scale for each row
     assert reasons[32] is None and "group=0 is not at least 1" in str(reasons[0])
 
 

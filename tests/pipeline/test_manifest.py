@@ -141,13 +141,15 @@ def test_the_documented_schema_is_the_real_one() -> None:
     assert json.loads(DOCUMENT.read_text()) == schema()
 
 
-def test_a_folder_above_what_was_emitted_names_it(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / FILE).write_text("{}")
-    with pytest.raises(ArtifactError, match=r"has no optimize\.json itself") as raised:
-        read_manifest(tmp_path)
-    assert raised.value.hint == f"name what lies in it: {tmp_path / 'one'}, {tmp_path / 'two'}"
+def test_a_folder_near_what_was_emitted_names_it(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "more" / "two"
+    for each in (one, two):
+        (each / "evidence").mkdir(parents=True)
+        (each / FILE).write_text("{}")
+    for folder, hint in ((tmp_path, f"one lies in {two}, {one}"), (one / "evidence", f"one lies in {one}")):
+        with pytest.raises(ArtifactError, match=r"has no optimize\.json") as raised:
+            read_manifest(folder)
+        assert raised.value.hint == hint
 
 
 def test_a_folder_without_a_manifest(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_what_was_timed_on_a_busy_host_is_marked(manifest: Manifest) -> None:
     hurried = dataclasses.replace(winner, speed=dataclasses.replace(winner.speed, busy=True))
     text = printed(dataclasses.replace(report, candidates=(hurried, lost)))
     (line,) = (line for line in text.splitlines() if f"{winner.name}  " in line)
-    assert f"{winner.speed.overall} ?" in line and "?: measured on a busy host" in text
+    assert f"? {winner.speed.overall}" in line and "?: measured on a busy host" in text
 
 
 def test_shares_above_all_of_a_peak_are_explained(manifest: Manifest) -> None:
