@@ -233,7 +233,7 @@ def dimensions(config: Mapping[str, Any]) -> Dimensions:
         hidden, size("intermediate_size", "n_inner", "hidden_dim", "ffn_dim") or 4 * hidden, layers,
         size("vocab_size"), 2 * layers * width * (size("num_key_value_heads") or heads),
         size("num_channels") * (size("image_size") or IMAGE) ** 2,
-        2 * size("num_mel_bins") * size("max_source_positions"),
+        2 * size("num_mel_bins") * size("max_source_positions"), heads * width,
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from optimize.models.checkpoint import read_config
 from optimize.pipeline.contract import Checkpoint
 
 
@@ -12,8 +11,6 @@ def why_no_groups(checkpoint: Checkpoint, group: int) -> str | None:
     """
     if group < 1:
         return f"group={group} is not at least 1"
-    config, sizes = read_config(checkpoint.folder), checkpoint.dimensions
-    heads, size = (config.get(name) for name in ("num_attention_heads", "head_dim"))  # some have a list of them
-    attended = heads * size if isinstance(heads, int) and isinstance(size, int) else 0  # what attention's output takes
-    cut = next((size for size in (sizes.hidden, sizes.intermediate, attended) if size % group), None)
+    sizes = checkpoint.dimensions
+    cut = next((size for size in (sizes.hidden, sizes.intermediate, sizes.attended) if size % group), None)
     return None if cut is None else f"rows of {cut} weights are no whole groups of {group}: a smaller group may fit"

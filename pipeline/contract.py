@@ -112,6 +112,7 @@ class Dimensions:
     cache: int = 0  # numbers that the KV cache keeps of one token, over all layers
     image: int = 0  # numbers of one image as the model takes it
     clip: int = 0  # likewise of one sound
+    attended: int = 0  # numbers that attention gives of one token: its heads', one after the other
 
 
 @dataclass(frozen=True)
