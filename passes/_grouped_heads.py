@@ -2,12 +2,13 @@
 
 By default, with a mask, keys and values are copied for each of them, which is most of what a step of a large batch
 reads. On a GPU a kernel of ours computes it in 16 bits: torch's have one program for each sequence and head of keys.
-Source: https://huggingface.co/docs/transformers/attention_interface
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from optimize.passes._attention import attend_by
 
 GROUPED = "grouped"  # the name of this attention for transformers
 WIDEST = 256  # numbers of a head, of whose keys and values GPUs of all kinds hold two tiles
@@ -15,14 +16,7 @@ WIDEST = 256  # numbers of a head, of whose keys and values GPUs of all kinds ho
 
 def group_heads(model: Any) -> None:
     """Have a model attend so, where it attends by torch's function."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if model.config._attn_implementation != "sdpa":
-        return
-    ALL_ATTENTION_FUNCTIONS.register(GROUPED, _grouped)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    model.set_attn_implementation(GROUPED)
+    attend_by(model, GROUPED, attention=_grouped)
 
 
 def _grouped(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:

@@ -7,34 +7,23 @@ Traced, a mask of padding is looked up at positions, which ONNX Runtime counts o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
+
+from optimize.passes._attention import attend_by
 
 SPARED, PLAIN = "spared", "plain"  # names of our attention for transformers
 
 
 def spare_masks(model: Any) -> None:
     """Have attention to all of the sequence take no mask, in a model that is given none and attends by torch's SDPA."""
-    _attend(model, SPARED, _spared)
+    attend_by(model, SPARED, mask=_spared)
 
 
 def plain_masks(model: Any) -> None:
     """Have attention to all of the sequence but padding take what is added to its scores, made of the padding alone, in
     a model that attends by torch's SDPA.
     """
-    _attend(model, PLAIN, _padding)
-
-
-def _attend(model: Any, name: str, mask: Callable[..., Any]) -> None:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if model.config._attn_implementation != "sdpa":
-        return
-    ALL_ATTENTION_FUNCTIONS.register(name, sdpa_attention_forward)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
-    model.set_attn_implementation(name)
+    attend_by(model, PLAIN, mask=_padding)
 
 
 def _spared(*, attention_mask: Any = None, local_size: int | None = None, **options: Any) -> Any:

@@ -26,8 +26,8 @@ from optimize.pipeline.errors import RequestError
 from optimize.pipeline.memory import FRAMEWORKS, MIB
 
 NNCF = 500 * MIB  # what it imports, and holds of a small model
-# how much of an outlying activation channel moves into the weights: NNCF's own 0.95 leaves them too coarse
 ROW = -1  # as group: NNCF's word for a whole one
+# how much of an outlying activation channel moves into the weights: NNCF's own 0.95 leaves them too coarse
 SMOOTHING = 0.85
 PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
 WINDOWS = 16  # of calibration text that int4's scales are estimated on, and activations smoothed

@@ -285,12 +285,11 @@ def make_plan(
         raise RequestError("two recipes are the same", hint=f"recipes: {'; '.join(names)}")
     if not planned:
         listed = "; ".join(f"{left.recipe.name}: {left.reason}" for left in left_out)
-        able = [each for each in others if planner.why_not(each) is None]
-        fitting = [each.name for each in able if planner.why_too_large(planner.plan(each), eager) is None]
-        can = ", ".join(fitting[:3])
+        able = [planner.plan(each) for each in others if planner.why_not(each) is None]
+        can = ", ".join([each.recipe.name for each in able if planner.why_too_large(each, eager) is None][:3])
         hint = f"these can: {can}" if can else "`optimize doctor` tells what this host has"
-        if too_large := [left.recipe for left in left_out if left.too_large]:
-            needs = {each.name: planner.plan(each).need for each in (*too_large, *able)}
+        if too_large := [planner.plan(left.recipe) for left in left_out if left.too_large]:
+            needs = {each.recipe.name: each.need for each in (*too_large, *able)}
             hint = what_would_fit(needs, baseline, target.memory)
         raise RequestError(f"no recipe can run here ({listed})" if listed else "there are no recipes", hint=hint)
     environments = {name: each for one in planned for name, each in planner.environments(one.recipe).items()}

@@ -13,6 +13,7 @@ from optimize.pipeline.errors import CheckpointError, OptimizeError, RequestErro
 from optimize.pipeline.noise import NOTABLE, NoiseMeter
 from optimize.pipeline.plan import Plan
 from optimize.pipeline.roofline import Peaks, known_peaks, measure_peaks
+from optimize.pipeline.store import stamp_of
 from optimize.pipeline.workers import STEP_LIMIT
 
 
@@ -31,7 +32,7 @@ class Texts:
 
 
 class Unchanged:
-    """The checkpoint's files as they were planned with, by size and time."""
+    """The checkpoint's files as they were planned with, by their stamps."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -49,9 +50,8 @@ class Unchanged:
                 hint="run the same command again, and leave the folder alone meanwhile",
             )
 
-    def _look(self) -> dict[str, tuple[int, int, int]]:
-        found = {name: (self._checkpoint.folder / name).stat() for name in self._checkpoint.files}
-        return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in found.items()}
+    def _look(self) -> dict[str, tuple[int, ...]]:
+        return {name: stamp_of((self._checkpoint.folder / name).stat()) for name in self._checkpoint.files}
 
 
 def encode_text(builder: Builder, plan: Plan, texts: Texts, unchanged: Unchanged) -> None:

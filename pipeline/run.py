@@ -135,7 +135,7 @@ class Run:
                 self._builder.end()
             opened = self.trial.open(
                 "baseline" if same else "reference", Kind.CHECKPOINT, artifact.path, self.plan.reference_gpus,
-                None if same or self.plan.reference else "float32",
+                None if self.plan.reference else "float32",
             )  # fmt: skip
             with ExitStack() as stack:
                 stack.enter_context(opened.worker)

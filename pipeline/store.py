@@ -28,7 +28,7 @@ from optimize.pipeline.contract import Artifact, Kind, StepFacts
 from optimize.pipeline.errors import ArtifactError
 
 TICK, SECOND = 50_000_000, 1_000_000_000  # nanoseconds that a file system's clock may stand still, and some more
-_digests: dict[tuple[int, ...], str] = {}  # by a file's device, inode, size and modification time
+_digests: dict[tuple[int, ...], str] = {}  # by stamp_of
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,19 @@ class Damage:
 def sha256_of(path: Path) -> str:
     """Hex digest of one file. What this process has read before, under whatever name, is not read again."""
     with path.open("rb", buffering=0) as file:
-        stamp, now = _stamp(file), time.time_ns()
+        stamp, now = stamp_of(os.fstat(file.fileno())), time.time_ns()
         if (known := _digests.get(stamp)) is not None:
             return known
         digest = _read(file)
         still = TICK if stamp[-1] % SECOND else 2 * SECOND  # of one that has whole seconds alone
-        if now - stamp[-1] > still and _stamp(file) == stamp:  # else it may be written to once more at the same time
+        unchanged = stamp_of(os.fstat(file.fileno())) == stamp
+        if unchanged and now - stamp[-1] > still:  # else it may be written to once more at the same time
             _digests[stamp] = digest
     return digest
 
 
-def _stamp(file: FileIO) -> tuple[int, ...]:
-    stat = os.fstat(file.fileno())
+def stamp_of(stat: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from another, and from itself after it was written to."""
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 

@@ -58,7 +58,7 @@ class OnnxGpuSession(OnnxSession):
         super().__init__(session)
         self._device, self._captures = device, captures
         self._seen: set[Shapes] = set()
-        self._again: set[Shapes] = set()
+        self._repeats = 0  # how many of them were captured since they came again
         self._graphs: dict[Shapes, Bound] = {}
 
     def run(self, batch: Batch) -> dict[str, Array]:
@@ -106,13 +106,14 @@ class OnnxGpuSession(OnnxSession):
     def _repeated(self, arrays: list[Array]) -> Bound | None:
         """What replays a batch of these shapes; None the first time that they come, and where enough others have."""
         shapes = _shapes(arrays)
-        if shapes not in self._graphs and (shapes not in self._seen or len(self._again) == GRAPHS):
-            if len(self._seen) < SEEN:
-                self._seen.add(shapes)
-            return None
-        if shapes not in self._graphs:
-            self._again.add(shapes)
-        return self._captured(arrays)
+        if shapes in self._graphs:
+            return self._graphs[shapes]
+        if shapes in self._seen and self._repeats < GRAPHS:
+            self._repeats += 1
+            return self._captured(arrays)
+        if len(self._seen) < SEEN:
+            self._seen.add(shapes)
+        return None
 
     def _captured(self, arrays: list[Array]) -> Bound:
         shapes = _shapes(arrays)
