@@ -166,7 +166,7 @@ def test_quantized_weights_are_refused(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="here are no two GPUs")
-def test_two_gpus_answer_as_one_does(model: Path, sharded: Path, cli: Cli, tmp_path: Path) -> None:
+def test_two_gpus_answer_as_one_does(model: Path, sharded: Path, some_text: Path, cli: Cli, tmp_path: Path) -> None:
     one: Any = open_session(Kind.CHECKPOINT, model, TASK, 1, device="cuda")
     two: Any = open_session(Kind.TENSOR_PARALLEL, sharded, TASK, 2, device="cuda")
     np.testing.assert_allclose(two.logits(PROMPTS[1], 3), one.logits(PROMPTS[1], 3), atol=1e-3)
@@ -174,5 +174,6 @@ def test_two_gpus_answer_as_one_does(model: Path, sharded: Path, cli: Cli, tmp_p
     started_by(os.getpid())[1].kill()
     with pytest.raises(RuntimeError, match=r"rank 1 of 2 .* was killed by SIGKILL"):
         two.generate(PROMPTS, 6)
-    outcome = cli(model, "--target", "multi-gpu", "--recipe", "eager-bf16-tp2", *QUICK_TEXT, "--out", tmp_path / "out")
+    asked = ("--target", "multi-gpu", "--recipe", "eager-bf16-tp2", "--data", some_text, *QUICK_TEXT)
+    outcome = cli(model, *asked, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.output

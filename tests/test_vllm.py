@@ -66,7 +66,7 @@ def model(make_language_model: MakeCheckpoint) -> Path:
 
 @vllm
 def test_what_vllm_serves_is_judged_by_its_logits_emitted_and_served(
-    model: Path, named: dict[str, str], cli: Cli, tmp_path: Path
+    model: Path, some_text: Path, named: dict[str, str], cli: Cli, tmp_path: Path
 ) -> None:
     recipes = (
         "serve-vllm{dtype=float32;eager=true;gpus=2}",
@@ -74,7 +74,7 @@ def test_what_vllm_serves_is_judged_by_its_logits_emitted_and_served(
     )
     asked = [word for recipe in recipes for word in ("--recipe", recipe)]
     out = tmp_path / "out"
-    outcome = cli(model, *asked, *QUICK_TEXT, "--objective", "size", "--out", out, env=named)
+    outcome = cli(model, *asked, *QUICK_TEXT, "--data", some_text, "--objective", "size", "--out", out, env=named)
     assert outcome.code == 0, outcome.output
     report = json.loads((out / "optimize.json").read_text())["report"]
     shared, quantized = report["candidates"]
