@@ -36,7 +36,7 @@ What has no line above is not in this version. What is, but was never run, or on
 | what | state |
 |---|---|
 | target `gpu` | on an H100, and on H200s (torch 2.11), with its tests but the newest; on no other GPU |
-| `compile-cuda` | on an H100 and on H200s, to the end, also with torch's "efficient" attention and cuDNN's; on a processor it is refused |
+| `compile-cuda` | on an H100 and on H200s, to the end ("efficient" attention and cuDNN's, too); not on a processor |
 | target `multi-gpu` | vLLM with two processes on a processor (tensor parallel, and two copies); begun on two H200s |
 | `shard-tensors` | run with two processes on a processor (gloo; transformers 5.17 and 5.23); on GPUs (NCCL): not run |
 | the eager model over several GPUs | where one does not hold it: written; its plan is tested, never run |
