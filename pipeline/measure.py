@@ -23,6 +23,7 @@ from optimize.pipeline.statistics import Interval, ratio_interval
 from optimize.pipeline.workers import CALL_LIMIT, WorkerProcess, running
 
 BLOCK_SECONDS = 0.05  # of calls for one cell in one block, beside one call to warm up
+SHORTEST_QUAD = 4 * BLOCK_SECONDS  # in which what others take of the host, told in hundredths of a second, still shows
 MIN_QUADS, MAX_QUADS = 8, 200  # fewer than 8 have no distribution-free interval at 99%
 BEYOND = 10  # calls that must lie beyond a percentile for it to be stated
 PERCENTILES = (50, 90, 99)
@@ -90,20 +91,22 @@ def compare(
 ) -> tuple[Speed, Samples]:
     """Time both workers (each with an open session, both paused) for about `budget` seconds.
 
-    The first quad warms both up and tells how many fit; it is not among the samples. `progress` is shown the interval
+    The first quad warms both up and tells how many fit; it is not among the samples. Blocks are shorter where the least
+    number of quads would not fit otherwise. `progress` is shown the interval
     as it shrinks, and decides nothing. Quads during which foreign work took more than `max_load` of the host are made
     again, until as many are disturbed as were wanted: for at most twice the budget. Of a GPU only its driver's mean
     over a second is known, and not whose work it was: it is asked before and after, while ours rest.
     """
+    seconds = block_seconds(budget, len(cells))
     on_gpu = [candidate.others_on_gpu()]
     started, meter = time.monotonic(), NoiseMeter(baseline.pid, candidate.pid)
-    _quad(baseline, candidate, len(cells))
+    _quad(baseline, candidate, len(cells), seconds)
     planned = int(min(max(budget / max(time.monotonic() - started, 1e-3) - 1, MIN_QUADS), MAX_QUADS))
     quiet: Samples = []
     disturbed: Samples = []
     while max(len(quiet), len(disturbed)) < planned:
         begin = meter.counters()
-        quad = _quad(baseline, candidate, len(cells))
+        quad = _quad(baseline, candidate, len(cells), seconds)
         (quiet if min(sum(meter.shares(begin)), 1.0) <= max_load else disturbed).append(quad)
         if len(quiet) > 1:
             progress(summarize(quiet, cells).overall, len(quiet), planned)
@@ -116,6 +119,13 @@ def compare(
     busy = few or (gpu or 0.0) > max_load
     speed = dataclasses.replace(summarize(raw, cells), noise=noise, disturbed=len(disturbed), busy=busy)
     return speed, raw
+
+
+def block_seconds(budget: float, cells: int) -> float:
+    """How long one cell is called in one block: less than usual where the least number of quads would not fit in the
+    budget, but for no quads shorter than those of one cell.
+    """
+    return min(max(budget / (MIN_QUADS + 1), SHORTEST_QUAD) / (4 * cells), BLOCK_SECONDS)
 
 
 def summarize(raw: Samples, cells: Sequence[Cell]) -> Speed:
@@ -177,18 +187,19 @@ def _spread(raw: Samples) -> float:
     return math.sqrt(statistics.fmean(log * log for log in logs))
 
 
-def _quad(baseline: WorkerProcess, candidate: WorkerProcess, cells: int) -> list[list[list[float]]]:
+def _quad(baseline: WorkerProcess, candidate: WorkerProcess, cells: int, seconds: float) -> list[list[list[float]]]:
+    def blocks(*workers: WorkerProcess) -> list[list[list[float]]]:
+        return [_block(worker, cells, seconds) for worker in workers]
+
     if random.getrandbits(1):
-        first, second, third, fourth = (_block(worker, cells) for worker in (candidate, baseline, baseline, candidate))
+        first, second, third, fourth = blocks(candidate, baseline, baseline, candidate)
         return [second, first, fourth, third]
-    return [_block(worker, cells) for worker in (baseline, candidate, candidate, baseline)]
+    return blocks(baseline, candidate, candidate, baseline)
 
 
-def _block(worker: WorkerProcess, cells: int) -> list[list[float]]:
+def _block(worker: WorkerProcess, cells: int, seconds: float) -> list[list[float]]:
     with running(worker):
-        asked = (
-            worker.ask("time", limit=CALL_LIMIT, cell=cell, seconds=BLOCK_SECONDS, least=1) for cell in range(cells)
-        )
+        asked = (worker.ask("time", limit=CALL_LIMIT, cell=cell, seconds=seconds, least=1) for cell in range(cells))
         return [phase for phases in asked for phase in phases]
 
 

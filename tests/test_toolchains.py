@@ -1,6 +1,5 @@
 """Environments that stand apart: real ones, made of small wheels, with real workers in them."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -18,12 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optimize.pipeline.contract import Checkpoint, Target
 from optimize.pipeline.errors import ExitCode, RequestError, ToolchainError
 from optimize.pipeline.installing import install, install_missing, remove, size_of
-from optimize.pipeline.keys import step_key
-from optimize.pipeline.plan import make_plan
-from optimize.pipeline.recipe import parse
 from optimize.pipeline.toolchain_files import Toolchain, locked, read_toolchain, toolchain_names
 from optimize.pipeline.toolchains import Environment, Toolchains, probe, python_in, worker_environment
 from optimize.pipeline.workers import WorkerProcess
@@ -489,26 +484,6 @@ def test_a_worker_refuses_another_protocol(apart: Environment, tmp_path: Path, m
     monkeypatch.setattr(workers, "PROTOCOL", 999)
     with WorkerProcess(tmp_path / "worker.log", apart) as worker, pytest.raises(Exception, match="was asked in 999"):
         worker.ask("gives_logits", limit=30.0)
-
-
-def test_keys_hold_the_environment(checkpoint: Checkpoint, target: Target) -> None:
-    step = parse("export-optimum").passes[0]
-    packages = dict.fromkeys(step.tools, "1.0")
-    first = Environment("optimum-onnx", Path("/a/python"), "3.11.7", packages, "digest")
-    keys = {step_key("source", step, checkpoint.task, target, None, each)
-            for each in (first, dataclasses.replace(first, digest="other"),
-                         dataclasses.replace(first, packages=packages | {"onnx": "2.0"}))}  # fmt: skip
-    assert len(keys) == 3
-    elsewhere = dataclasses.replace(first, python=Path("/b/python"), version="3.12.0")
-    assert step_key("source", step, checkpoint.task, target, None, elsewhere) in keys
-
-
-def test_a_missing_toolchain_is_a_reason_in_the_plan(checkpoint: Checkpoint, target: Target, cache: Path) -> None:
-    recipes = [parse("optimize-ipex", "ipex-bf16"), parse("checkpoint", "eager")]
-    plan = make_plan(checkpoint, target, recipes, toolchains=Toolchains(cache))
-    (left,) = plan.left_out
-    assert left.reason == "toolchain ipex is not installed; run: optimize toolchain install ipex"
-    assert "left out: ipex-bf16: toolchain ipex" in plan.describe()
 
 
 def test_on_the_command_line(offer: Offer, cache: Path, cli: Cli) -> None:

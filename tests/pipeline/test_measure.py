@@ -11,7 +11,17 @@ import pytest
 
 from optimize.pipeline import measure
 from optimize.pipeline.contract import Cell, Gates
-from optimize.pipeline.measure import MIN_QUADS, Samples, Speed, compare, percentiles, spread_of_quads, summarize
+from optimize.pipeline.measure import (
+    BLOCK_SECONDS,
+    MIN_QUADS,
+    Samples,
+    Speed,
+    block_seconds,
+    compare,
+    percentiles,
+    spread_of_quads,
+    summarize,
+)
 from optimize.pipeline.noise import Counters, Noise, NoiseMeter
 from optimize.pipeline.verdict import Status, judge_speed
 
@@ -125,6 +135,19 @@ def test_percentiles_are_stated_only_with_ten_calls_beyond(calls: int, stated: l
 def test_the_spread_of_quads_is_what_the_interval_is_made_of() -> None:
     raw = samples((2.0, 2.0), quads=3, factor=lambda quad, block, call: (1.0, 1.1, 1.21)[quad] if block == 0 else 1.0)
     assert spread_of_quads(raw) == pytest.approx(math.log(1.1) / 2)
+
+
+@pytest.mark.parametrize(
+    ("budget", "cells", "seconds"),
+    [
+        (600.0, 4, BLOCK_SECONDS),
+        (0.0, 1, BLOCK_SECONDS),  # a quad is never shorter than that
+        (0.0, 4, BLOCK_SECONDS / 4),
+        (4.5, 5, 0.025),  # nine quads of four blocks of five cells
+    ],
+)
+def test_blocks_are_shorter_where_the_budget_is_short(budget: float, cells: int, seconds: float) -> None:
+    assert block_seconds(budget, cells) == pytest.approx(seconds)
 
 
 class StubProcess:

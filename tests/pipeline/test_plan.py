@@ -16,7 +16,7 @@ from optimize.pipeline.keys import checkpoint_key, step_key
 from optimize.pipeline.plan import make_plan
 from optimize.pipeline.recipe import parse
 from optimize.pipeline.store import Store
-from optimize.pipeline.toolchains import Toolchains
+from optimize.pipeline.toolchains import Environment, Toolchains
 from optimize.pipeline.workload import parse_workload, shortened
 from optimize.targets.cpu import recipes
 
@@ -374,3 +374,23 @@ def test_golden_plan(target: Target, versions: dict[str, str], monkeypatch: pyte
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(found)
     assert found == GOLDEN.read_text()
+
+
+def test_keys_hold_the_environment(checkpoint: Checkpoint, target: Target) -> None:
+    step = parse("export-optimum").passes[0]
+    packages = dict.fromkeys(step.tools, "1.0")
+    first = Environment("optimum-onnx", Path("/a/python"), "3.11.7", packages, "digest")
+    keys = {step_key("source", step, checkpoint.task, target, None, each)
+            for each in (first, dataclasses.replace(first, digest="other"),
+                         dataclasses.replace(first, packages=packages | {"onnx": "2.0"}))}  # fmt: skip
+    assert len(keys) == 3
+    elsewhere = dataclasses.replace(first, python=Path("/b/python"), version="3.12.0")
+    assert step_key("source", step, checkpoint.task, target, None, elsewhere) in keys
+
+
+def test_a_missing_toolchain_is_a_reason_in_the_plan(checkpoint: Checkpoint, target: Target, cache: Path) -> None:
+    recipes = [parse("optimize-ipex", "ipex-bf16"), parse("checkpoint", "eager")]
+    plan = make_plan(checkpoint, target, recipes, toolchains=Toolchains(cache))
+    (left,) = plan.left_out
+    assert left.reason == "toolchain ipex is not installed; run: optimize toolchain install ipex"
+    assert "left out: ipex-bf16: toolchain ipex" in plan.describe()
