@@ -241,7 +241,9 @@ def test_on_a_gpu_it_is_judged_emitted_and_run_by_its_card(tiny: Path, cli: Cli,
     outcome = cli(tiny, "--target", "gpu", "--recipe", recipe, *QUICK, "--out", tmp_path / "emitted")
     assert outcome.code == 0, outcome.output
     lines = re.search(r"```python\n(.*?)```", (tmp_path / "emitted" / "README.md").read_text(), re.DOTALL)
-    assert lines is not None and ("gpu_graph_id" in lines[1]) == (not options)
+    assert lines is not None
+    chosen = json.loads((tmp_path / "emitted" / PROVIDER).read_text())
+    assert (chosen["options"][CAPTURES] == "1") == (not options)
     words = [os.environ[TOOLCHAIN], "-c", lines[1] + "\nassert outputs"]
     done = subprocess.run(words, cwd=tmp_path / "emitted", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
