@@ -1,14 +1,17 @@
 """The self-test and the noise that is recorded: known loads, known differences, on live workers."""
 
+import itertools
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from optimize.pipeline import selftest
 from optimize.pipeline.contract import Gates
 from optimize.pipeline.measure import Speed
 from optimize.pipeline.noise import Noise, NoiseMeter
@@ -79,8 +82,22 @@ def test_what_is_not_faster_is_told_from_what_is_slower(interval: Interval, word
     assert words in reason
 
 
-def test_more_time_is_more_work() -> None:
-    assert 10 <= calibrate(0.001) < calibrate(0.2)  # two hundred times the time: no noise turns that around
+def test_as_many_products_are_counted_as_take_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    class Products:
+        """Each takes a tenth of a millisecond by the clock, and some calls as long again."""
+
+        def __init__(self, count: int) -> None:
+            self._count, self._late = count, itertools.cycle((True, False))
+
+        def run(self, _: object) -> None:
+            nonlocal now
+            now += self._count * 1e-4 * (1 + next(self._late))
+
+    monkeypatch.setattr(selftest, "Products", Products)
+    monkeypatch.setattr(selftest, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert [calibrate(seconds) for seconds in (1e-4, 0.001, 0.2)] == [10, 10, 2000]
 
 
 def test_the_self_test_measures_the_known_difference(cli: Cli) -> None:
