@@ -37,11 +37,11 @@ What has no line above is not in this version. What is, but was never run, or on
 |---|---|
 | target `gpu` | on an H100, and on H200s (torch 2.11), with all its tests for one GPU; on no other GPU |
 | `compile-cuda` | on an H100 and on H200s, to the end ("efficient" attention and cuDNN's, too); not on a processor |
-| target `multi-gpu` | vLLM with two processes on a processor (tensor parallel, and two copies); no result on GPUs |
+| target `multi-gpu` | vLLM with two processes on a processor (tensor parallel, copies); on GPUs: not run here |
 | `shard-tensors` | run with two processes on a processor (gloo; transformers 5.17 and 5.23); on GPUs (NCCL): not run |
 | the eager model over several GPUs | where one does not hold it: written; its plan is tested, never run |
 | `quantize-llm-compressor` | on an H200, served and judged, but for mode fp8 (on a processor, by hand) |
-| `quantize-bitsandbytes`, `quantize-torchao` | on an H100 and an H200: tests of small models, and two whole runs |
+| `quantize-bitsandbytes`, `quantize-torchao` | small models on an H100 and an H200; two whole runs on the H100 |
 | vLLM | 0.24 on an H100 and an H200, 0.32 on a processor; its fp8 not paired; its lock was never installed |
 | TensorRT-LLM | `build-tensorrt-llm` is written after its source; only run against a stand-in for it |
 | TensorRT | `build-tensorrt` and its runtime are written; TensorRT's own libraries were not there to run them |

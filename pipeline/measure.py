@@ -188,13 +188,10 @@ def _spread(raw: Samples) -> float:
 
 
 def _quad(baseline: WorkerProcess, candidate: WorkerProcess, cells: int, seconds: float) -> list[list[list[float]]]:
-    def blocks(*workers: WorkerProcess) -> list[list[list[float]]]:
-        return [_block(worker, cells, seconds) for worker in workers]
-
-    if random.getrandbits(1):
-        first, second, third, fourth = blocks(candidate, baseline, baseline, candidate)
-        return [second, first, fourth, third]
-    return blocks(baseline, candidate, candidate, baseline)
+    swapped = bool(random.getrandbits(1))
+    outer, inner = (candidate, baseline) if swapped else (baseline, candidate)
+    first, second, third, fourth = (_block(worker, cells, seconds) for worker in (outer, inner, inner, outer))
+    return [second, first, fourth, third] if swapped else [first, second, third, fourth]
 
 
 def _block(worker: WorkerProcess, cells: int, seconds: float) -> list[list[float]]:
